@@ -1,0 +1,130 @@
+"""Rules between keys, on a whole JobConfig. What a single key may be stands beside it, in its section's dataclass."""
+
+from collections.abc import Iterator
+
+from config.job_config import JobConfig
+from config.keys import show
+from flux.config import DataLoader
+from flux.spec import PIXELS_PER_TOKEN, SPECS
+
+# Names of the keys that a rule is about, and the message with key, value, rule and remedy.
+Finding = tuple[tuple[str, ...], str]
+
+
+def find_faults(config: JobConfig) -> Iterator[Finding]:
+    """Combinations that cannot be trained as they stand."""
+    yield from _picture_size(config)
+    yield from _batch(config)
+    yield from _data(config)
+    yield from _loader("training.dataloader", config.training.dataloader)
+    yield from _loader("validation.dataloader", config.validation.dataloader)
+    yield from _number_formats(config)
+
+
+def find_doubts(config: JobConfig) -> Iterator[str]:
+    """Combinations that train, but probably not as meant: each is a warning."""
+    yield from _learning_rate(config)
+    training, validation = config.training, config.validation
+    for section, dataset, path in (
+        ("training", training.dataset, training.dataset_path),
+        ("validation", validation.dataset or training.dataset, validation.dataset_path),
+    ):
+        if dataset == "shapes" and path is not None:
+            yield f"{section}.dataset_path={show(path)} is not read: shapes draws its own pictures"
+    if training.guidance != 1.0 and not SPECS[config.model.flavor].transformer.guidance_embed:
+        yield f"training.guidance={training.guidance:g} has no effect: {config.model.flavor} embeds no guidance"
+    if validation.enable and validation.enable_classifier_free_guidance and not training.classifier_free_guidance_prob:
+        yield (
+            "validation.enable_classifier_free_guidance=true needs a model that knows the empty prompt, "
+            "which training.classifier_free_guidance_prob=0 never shows it: use 0.1, or switch the guidance off"
+        )
+
+
+def _picture_size(config: JobConfig) -> Iterator[Finding]:
+    size = config.training.img_size
+    if size % PIXELS_PER_TOKEN:
+        below = size - size % PIXELS_PER_TOKEN
+        choices = f"use {below} or {below + PIXELS_PER_TOKEN}"
+        yield (
+            ("training.img_size",),
+            f"training.img_size={size} must be a multiple of {PIXELS_PER_TOKEN}: {choices}",
+        )
+
+
+def _batch(config: JobConfig) -> Iterator[Finding]:
+    whole, local = config.training.global_batch_size, config.training.local_batch_size
+    if whole != -1 and whole % local:
+        below = whole - whole % local
+        choices = f"{below}, {below + local}" if below else f"{local}"
+        yield (
+            ("training.global_batch_size", "training.local_batch_size"),
+            f"training.global_batch_size={whole} must be a multiple of training.local_batch_size={local} "
+            f"(one process): use {choices}, or -1 to update after every forward pass",
+        )
+
+
+def _data(config: JobConfig) -> Iterator[Finding]:
+    training, validation = config.training, config.validation
+    needy = [("training", training.dataset_path)] if training.dataset == "imagefolder" else []
+    # Without a data set of its own, validation holds back a part of training's.
+    if validation.enable and validation.dataset == "imagefolder":
+        needy.append(("validation", validation.dataset_path))
+    for section, path in needy:
+        if path is None:
+            yield (
+                (f"{section}.dataset", f"{section}.dataset_path"),
+                f'{section}.dataset="imagefolder" needs {section}.dataset_path: '
+                "set it to the folder that holds the pictures and their captions",
+            )
+
+
+def _loader(section: str, loader: DataLoader) -> Iterator[Finding]:
+    if loader.num_workers:
+        return
+    for name, is_set in (
+        ("prefetch_factor", loader.prefetch_factor is not None),
+        ("persistent_workers", loader.persistent_workers),
+    ):
+        if is_set:
+            yield (
+                (f"{section}.{name}", f"{section}.num_workers"),
+                f"{section}.{name} is about workers, and {section}.num_workers=0 starts none: "
+                f"set num_workers to at least 1, or leave {name} out",
+            )
+
+
+def _number_formats(config: JobConfig) -> Iterator[Finding]:
+    training = config.training
+    if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
+        yield (
+            ("training.dtype", "training.mixed_precision_param"),
+            'training.dtype="bfloat16" with training.mixed_precision_param="float32" rounds the weights and then '
+            "computes with them in full, the time of one and the precision of the other: "
+            'set training.dtype="float32", or both to "bfloat16"',
+        )
+
+
+def _learning_rate(config: JobConfig) -> Iterator[str]:
+    """What training/lr_schedule.py does with steps that do not add up, said before it does it."""
+    schedule, steps = config.lr_scheduler, config.training.steps
+    total, warmup, ratio = schedule.total_steps or steps, schedule.warmup_steps, schedule.decay_ratio
+    if warmup > total:
+        yield (
+            f"lr_scheduler.warmup_steps={warmup} is longer than the schedule of {total} steps: "
+            f"the warm-up is shortened to {total}"
+        )
+    elif ratio is not None and warmup + round(ratio * total) > total:
+        yield (
+            f"lr_scheduler.warmup_steps={warmup} and decay_ratio={ratio:g} of {total} steps overlap: "
+            f"the decay is shortened to the {total - warmup} steps after the warm-up"
+        )
+    if total < steps and ratio != 0:
+        yield (
+            f"lr_scheduler.total_steps={total} ends before training.steps={steps}: "
+            f"the rest runs at {schedule.min_lr_factor:g} of optimizer.lr"
+        )
+    if steps < warmup <= total:
+        yield (
+            f"training.steps={steps} ends within lr_scheduler.warmup_steps={warmup}: "
+            "the learning rate never reaches optimizer.lr"
+        )

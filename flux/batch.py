@@ -1,0 +1,74 @@
+"""The dataclasses that walk through a training step, one per stage, and the legend of shapes.
+
+A tensor's name ends in its dims, outermost first. The letters are logical dims, never the local shard:
+
+    B batch           T image tokens            D width           A position axes
+    C channels        L text tokens             N heads           E text features
+    H W grid or px    S = L + T, text first     K head dim        V pooled text features
+
+Stage words: pixels (-1..1), moments (mean and log-variance), latents (sampled, normalized, token order), tokens (text).
+Time: x_t = (1 - t) * latents + t * noise, target = noise - latents, so t = 1 is pure noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor in it changed; what is no tensor stays as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _map(getattr(value, field.name), change) for field in fields(value)})
+    return value
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch, keyed by (seed, stream, position) and drawn on the CPU in fp32."""
+
+    t_B: Tensor
+    noise_BTC: Tensor
+    posterior_noise_BTC: Tensor | None  # None: use the posterior mean
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """What the loader yields."""
+
+    pixels_BCHW: Tensor  # fp32 in -1..1
+    tokens: dict[str, Tensor]  # "t5" [B, L] and "clip" [B, 77], int64, prompt dropout already applied
+    captions: list[str]  # before prompt dropout
+    position_B: Tensor  # int64, place in the endless global order
+    draws: Draws
+
+    def to(self, device: torch.device | str) -> "RawBatch":
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "RawBatch":
+        """The data loader calls it when `pin_memory` is on."""
+        return _map(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """What the transformer is told about the prompts."""
+
+    txt_BLE: Tensor
+    pooled_BV: Tensor | None = None
+    mask_BL: Tensor | None = None  # bool, True = attend; None: padding is attended, as FLUX was trained
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the frozen encoders make of a RawBatch."""
+
+    latents_BTC: Tensor  # fp32
+    grid: tuple[int, int]  # (rows, columns) of image tokens; T = rows * columns
+    text: TextCond

@@ -1,0 +1,118 @@
+"""The [model], [encoder], [training] and [validation] sections."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from flux.spec import SPECS
+
+Dtype = Literal["bfloat16", "float32"]
+
+# Names of data sets that a configuration may carry. A run refuses the ones that it has no reader for.
+DATASETS = ("shapes", "imagefolder", "webdataset", "parquet", "cc12m-wds", "cc12m-test", "coco-validation")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which transformer is trained."""
+
+    name: Annotated[Literal["flux"], "the model family"] = "flux"
+    flavor: Annotated[str, "sizes and switches of the transformer (flux/spec.py)", tuple(SPECS)] = "flux-tiny"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The frozen networks that turn pictures into latents and prompts into features."""
+
+    t5_encoder: Annotated[
+        str, "T5 encoder and its tokenizer: a folder, or a name that scripts.download_assets fetches", "[1, inf)"
+    ] = "assets/tiny/t5"
+    clip_encoder: Annotated[
+        str, "CLIP text encoder and its tokenizer: a folder, or a name that scripts.download_assets fetches", "[1, inf)"
+    ] = "assets/tiny/clip"
+    autoencoder_path: Annotated[
+        str, "safetensors file of the autoencoder under Black Forest Labs' names", "[1, inf)"
+    ] = "assets/tiny/autoencoder.safetensors"
+    max_t5_encoding_len: Annotated[
+        int, "T5 tokens per prompt: longer ones are cut, shorter ones padded", "[1, 512]"
+    ] = 256
+    dtype: Annotated[Dtype, "number format of the text encoders and the autoencoder"] = "bfloat16"
+    mask_padding: Annotated[bool, "hide padding tokens from T5 and the transformer; FLUX was trained seeing them"] = (
+        False
+    )
+    sample_posterior: Annotated[bool, "draw latents from the autoencoder's posterior; false: take its mean"] = True
+
+
+@dataclass(frozen=True)
+class DataLoader:
+    """The processes that prepare batches."""
+
+    num_workers: Annotated[int, "processes that prepare batches; 0: the training process does it", "[0, inf)"] = 0
+    persistent_workers: Annotated[bool, "keep the workers alive from one pass over the data to the next"] = False
+    pin_memory: Annotated[bool, "put batches into page-locked memory, which makes copies to a GPU faster"] = False
+    prefetch_factor: Annotated[int | None, "batches that each worker prepares ahead; not set: 2", "[1, inf)"] = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The data, the batch, the length of the run and the training objective."""
+
+    dataset: Annotated[str, "what is trained on; shapes draws its own pictures, imagefolder reads yours", DATASETS] = (
+        "shapes"
+    )
+    dataset_path: Annotated[
+        str | None, "where the pictures are, for every data set that is read from disk", "[1, inf)"
+    ] = None
+    local_batch_size: Annotated[int, "samples per process and forward pass", "[1, inf)"] = 8
+    global_batch_size: Annotated[
+        int, "samples per update, reached by accumulating gradients; -1: no accumulation", "-1 or [1, inf)"
+    ] = -1
+    max_norm: Annotated[float, "gradients are scaled down to this norm when theirs is larger", "(0, inf)"] = 1.0
+    steps: Annotated[int, "number of updates", "[1, inf)"] = 10_000
+    dtype: Annotated[Dtype, "number format in which weights and optimizer states are kept"] = "float32"
+    mixed_precision_param: Annotated[Dtype, "number format in which the transformer computes"] = "bfloat16"
+    classifier_free_guidance_prob: Annotated[
+        float, "probability that a prompt is replaced by the empty one, which classifier-free guidance needs", "[0, 1]"
+    ] = 0.0
+    prompt_dropout: Annotated[
+        Literal["independent", "joint"], "whether T5 and CLIP lose their prompts independently or together"
+    ] = "independent"
+    img_size: Annotated[int, "side of the square training pictures in pixels, a multiple of 16", "[16, inf)"] = 256
+    timestep_distribution: Annotated[
+        Literal["uniform", "logit_normal"], "how training times between 0 and 1 are drawn (1 is pure noise)"
+    ] = "uniform"
+    timestep_shift: Annotated[
+        Literal["none", "resolution"], "resolution moves the times towards noise for larger pictures, as sampling does"
+    ] = "none"
+    guidance: Annotated[float, "guidance value fed to models that embed one (flux-dev)", "[0, inf)"] = 1.0
+    test_mode: Annotated[bool, "random one-layer text encoders of FLUX.1's widths, so that nothing is downloaded"] = (
+        False
+    )
+    dataloader: DataLoader = field(default_factory=DataLoader)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A loss on held-out samples, and a grid of pictures, while training goes on."""
+
+    enable: Annotated[bool, "compute the validation loss and draw the picture grid"] = False
+    dataset: Annotated[
+        str | None, "where the held-out samples come from; not set: a held-out part of training.dataset", DATASETS
+    ] = None
+    dataset_path: Annotated[
+        str | None, "where the held-out pictures are; not set: a fixed part of training.dataset_path", "[1, inf)"
+    ] = None
+    local_batch_size: Annotated[int, "samples per process and forward pass", "[1, inf)"] = 8
+    freq: Annotated[int, "steps from one validation loss to the next", "[1, inf)"] = 10
+    steps: Annotated[int, "batches per validation loss; -1: all samples", "-1 or [1, inf)"] = -1
+    enable_classifier_free_guidance: Annotated[bool, "draw the picture grid with classifier-free guidance"] = False
+    classifier_free_guidance_scale: Annotated[float, "strength of that guidance; 1 is none", "[0, inf)"] = 5.0
+    denoising_steps: Annotated[int, "Euler steps per picture of the grid", "[1, inf)"] = 50
+    eval_freq: Annotated[
+        int, "steps from one picture grid to the next, where validation is enabled; 0: no pictures", "[0, inf)"
+    ] = 100
+    save_img_count: Annotated[int, "pictures in the grid", "[1, inf)"] = 1
+    save_img_folder: Annotated[str, "folder of the grids, inside the run folder", "[1, inf)"] = "img"
+    prompts_path: Annotated[
+        str | None, "text file with one prompt per line; not set: captions of the first held-out samples", "[1, inf)"
+    ] = None
+    dataloader: DataLoader = field(default_factory=DataLoader)

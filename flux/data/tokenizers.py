@@ -1,0 +1,86 @@
+"""Prompts -> token ids for T5 and CLIP, as FluxPipeline makes them: padded to the maximum length and truncated."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+
+from flux.config import Encoder
+from flux.text_folders import (
+    CLIP_TOKENIZER_FILES,
+    T5_TOKENIZER_FILES,
+    TINY_CLIP,
+    TINY_T5,
+    holds_any,
+    resolve_clip,
+    resolve_t5,
+)
+
+CLIP_LENGTH = 77
+
+
+class FluxTokenizer:
+    """Tokenizes prompts for both encoders. Travels to loader workers by fork or by pickle.
+
+    Args:
+        t5_folder: holds `tokenizer.json` or `spiece.model`.
+        clip_folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        max_t5_length: L, at least 1; a longer prompt loses its tail, never its end token.
+
+    Raises:
+        ValueError: a folder holds no tokenizer of that kind.
+    """
+
+    def __init__(self, t5_folder: Path | str, clip_folder: Path | str, max_t5_length: int):
+        t5 = _load("encoder.t5_encoder", T5Tokenizer, Path(t5_folder), T5_TOKENIZER_FILES)
+        clip = _load("encoder.clip_encoder", CLIPTokenizer, Path(clip_folder), CLIP_TOKENIZER_FILES)
+        self._t5 = _padded(t5, max_t5_length)
+        self._clip = _padded(clip, CLIP_LENGTH)
+        self.vocabulary_sizes = {"t5": len(t5), "clip": len(clip)}
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Ids, int64: "t5" [B, max_t5_length] and "clip" [B, 77]."""
+        # One prompt at a time: encode_batch starts threads, and a fork after that makes every worker print a warning.
+        return {
+            "t5": torch.tensor([self._t5.encode(prompt).ids for prompt in prompts]),
+            "clip": torch.tensor([self._clip.encode(prompt).ids for prompt in prompts]),
+        }
+
+
+def build_tokenizer(encoder: Encoder, test_mode: bool) -> FluxTokenizer:
+    """The tokenizers of the configured encoders; the tiny ones in test mode.
+
+    Raises:
+        ValueError: names `encoder.t5_encoder` or `encoder.clip_encoder`, what is wrong with the folder and the remedy.
+    """
+    t5, clip = (
+        (TINY_T5, TINY_CLIP) if test_mode else (resolve_t5(encoder.t5_encoder), resolve_clip(encoder.clip_encoder))
+    )
+    return FluxTokenizer(t5.tokenizer, clip.tokenizer, encoder.max_t5_encoding_len)
+
+
+def _load(
+    key: str, kind: type[PreTrainedTokenizerBase], folder: Path, alternatives: tuple[tuple[str, ...], ...]
+) -> PreTrainedTokenizerBase:
+    needed = " or ".join(" and ".join(files) for files in alternatives)
+    if not holds_any(folder, alternatives):
+        raise ValueError(
+            f"{key}: the tokenizer folder {folder} must hold {needed}: copy them there or correct the path"
+        )
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the library trips over in a broken file
+        raise ValueError(
+            f"{key}: {folder} holds no tokenizer that {kind.__name__} can read ({type(error).__name__}): "
+            f"{needed} must be those of the encoder; fetch them again"
+        ) from error
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, length: int) -> Tokenizer:
+    """The library's fast tokenizer, set to give exactly `length` ids."""
+    fast: Tokenizer = tokenizer.backend_tokenizer
+    fast.enable_truncation(length)
+    fast.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return fast

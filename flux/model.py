@@ -1,0 +1,362 @@
+"""The transformer that predicts the velocity: FLUX.1, FLUX.2 and Qwen-Image in one class.
+
+FLUX.1: https://github.com/black-forest-labs/flux; FLUX.2: https://github.com/black-forest-labs/flux2. Module names are
+theirs; the families differ in the switches of `TransformerConfig`. This is plain single-device code: sharding,
+recomputation, compilation and quantization are applied from outside, by module name. Two seams without parameters
+serve them: `attention` in each block may be replaced, and a block's modulation may be handed in.
+
+Names end in their dims (legend: flux/batch.py). Inside a block heads stay where the linear layer put them,
+`[B, S, N, K]`, and are always unfolded by the head dim, never by their number, so that a rank may hold a part of them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux.rng import keyed_generator
+from flux.spec import TransformerConfig
+
+_EPS = 1e-6  # of every normalization, in all families
+TIME_FEATURES = 256
+
+
+class Modulation(NamedTuple):
+    """What the conditioning does to one branch of a block; each `[B, 1, D]`, or `[B, T, D]` to differ by token."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+DoubleModulation = tuple[tuple[Modulation, ...], tuple[Modulation, ...]]  # (image, text), each (attention, MLP)
+
+
+class FluxTransformer(nn.Module):
+    """Predicts the velocity `noise - latents` of every image token."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        D, bias = config.hidden_size, config.bias
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, D, bias=bias)
+        self.txt_norm = nn.RMSNorm(config.context_dim, eps=_EPS) if config.context_norm else nn.Identity()
+        self.txt_in = nn.Linear(config.context_dim, D, bias=bias)
+        self.time_in = Embedder(TIME_FEATURES, D, bias)
+        self.vector_in = Embedder(config.pooled_dim, D, bias) if config.pooled_dim else None
+        self.guidance_in = Embedder(TIME_FEATURES, D, bias) if config.guidance_embed else None
+        if config.shared_modulation:
+            self.double_stream_modulation_img = ModulationLinear(D, 2, bias)
+            self.double_stream_modulation_txt = ModulationLinear(D, 2, bias)
+            self.single_stream_modulation = ModulationLinear(D, 1, bias)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single))
+        self.final_layer = FinalLayer(D, config.in_channels, bias)
+
+    def forward(
+        self,
+        img_BTC: Tensor,
+        img_ids_BTA: Tensor,
+        txt_BLE: Tensor,
+        txt_ids_BLA: Tensor,
+        t_B: Tensor,
+        pooled_BV: Tensor | None = None,
+        guidance_B: Tensor | None = None,
+        txt_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Returns velocity_BTC in the dtype of the computation.
+
+        Args:
+            img_BTC: noisy tokens. Like txt_BLE and pooled_BV of any floating dtype; cast to the parameters'.
+            img_ids_BTA: int64 positions (flux/positions.py), and so txt_ids_BLA.
+            txt_BLE: text features.
+            t_B: fp32 time in 0..1, 1 = noise.
+            pooled_BV: pooled text feature, for models with `pooled_dim` and only those.
+            guidance_B: fp32 guidance scale, for models with `guidance_embed` and only those.
+            txt_mask_BL: bool, True = attend to this text token; None: to all, padding too, as FLUX was trained.
+
+        Raises:
+            ValueError: pooled_BV or guidance_B is missing, or given to a model without it.
+        """
+        dtype = self.img_in.weight.dtype
+        rotary = rotary_table(torch.cat((txt_ids_BLA, img_ids_BTA), dim=1), self.config.axes_dim, self.config.theta)
+        mask_BS = None if txt_mask_BL is None else F.pad(txt_mask_BL, (0, img_BTC.shape[1]), value=True)
+        vec_BD = self.embed_conditions(t_B, pooled_BV, guidance_B)
+        double_modulation, single_modulation = self.shared_modulation(vec_BD)
+
+        img_BTD = self.img_in(img_BTC.to(dtype))
+        txt_BLD = self.txt_in(self.txt_norm(txt_BLE.to(dtype)))
+        for block in self.double_blocks:
+            img_BTD, txt_BLD = block(img_BTD, txt_BLD, vec_BD, rotary, mask_BS, double_modulation)
+        x_BSD = torch.cat((txt_BLD, img_BTD), dim=1)
+        for block in self.single_blocks:
+            x_BSD = block(x_BSD, vec_BD, rotary, mask_BS, single_modulation)
+        return self.final_layer(x_BSD[:, txt_BLD.shape[1] :], vec_BD)
+
+    def embed_conditions(self, t_B: Tensor, pooled_BV: Tensor | None, guidance_B: Tensor | None) -> Tensor:
+        """All that is said about a sample as a whole, in one vector: vec_BD."""
+        for name, value, layer in (
+            ("pooled_BV", pooled_BV, self.vector_in),
+            ("guidance_B", guidance_B, self.guidance_in),
+        ):
+            if (value is None) != (layer is None):
+                raise ValueError(
+                    f"{name} is missing" if value is None else f"{name} is given, but the model has no use for it"
+                )
+        vec_BD = self.time_in(time_features(t_B))
+        if self.guidance_in is not None:
+            vec_BD = vec_BD + self.guidance_in(time_features(guidance_B))
+        if self.vector_in is not None:
+            vec_BD = vec_BD + self.vector_in(pooled_BV)
+        return vec_BD
+
+    def shared_modulation(self, vec_BD: Tensor) -> tuple[DoubleModulation | None, Modulation | None]:
+        """The modulation of all double and of all single blocks; None: each block makes its own."""
+        if not self.config.shared_modulation:
+            return None, None
+        double = self.double_stream_modulation_img(vec_BD), self.double_stream_modulation_txt(vec_BD)
+        return double, self.single_stream_modulation(vec_BD)[0]
+
+
+class DoubleBlock(nn.Module):
+    """Image and text have their own weights and meet in attention."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        D, bias = config.hidden_size, config.bias
+        self.img_mod = None if config.shared_modulation else ModulationLinear(D, 2, bias)
+        self.img_norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
+        self.img_attn = Projections(config)
+        self.img_norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
+        self.img_mlp = make_mlp(config)
+        self.txt_mod = None if config.shared_modulation else ModulationLinear(D, 2, bias)
+        self.txt_norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
+        self.txt_attn = Projections(config)
+        self.txt_norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
+        self.txt_mlp = make_mlp(config)
+        self.attention = Attention()
+
+    def forward(
+        self,
+        img_BTD: Tensor,
+        txt_BLD: Tensor,
+        vec_BD: Tensor,
+        rotary: Tensor,
+        mask_BS: Tensor | None = None,
+        modulation: DoubleModulation | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns img_BTD, txt_BLD. `modulation` replaces what the block would make of vec_BD."""
+        img_mod, txt_mod = modulation or (self.img_mod(vec_BD), self.txt_mod(vec_BD))
+
+        img_qkv = self.img_attn(modulate(self.img_norm1(img_BTD), img_mod[0]))
+        txt_qkv = self.txt_attn(modulate(self.txt_norm1(txt_BLD), txt_mod[0]))
+        q_BSNK, k_BSNK, v_BSNK = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        attn_BSNK = self.attention(rotate(q_BSNK, rotary), rotate(k_BSNK, rotary), v_BSNK, mask_BS)
+        attn_BSD, length = attn_BSNK.flatten(2), txt_BLD.shape[1]
+
+        img_BTD = add_gated(img_BTD, img_mod[0], self.img_attn.proj(attn_BSD[:, length:]))
+        img_BTD = add_gated(img_BTD, img_mod[1], self.img_mlp(modulate(self.img_norm2(img_BTD), img_mod[1])))
+        txt_BLD = add_gated(txt_BLD, txt_mod[0], self.txt_attn.proj(attn_BSD[:, :length]))
+        txt_BLD = add_gated(txt_BLD, txt_mod[1], self.txt_mlp(modulate(self.txt_norm2(txt_BLD), txt_mod[1])))
+        return img_BTD, txt_BLD
+
+
+class SingleBlock(nn.Module):
+    """One stream of all tokens; attention and MLP side by side, fused into two linear layers (arXiv 2302.05442)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        D, bias = config.hidden_size, config.bias
+        self.head_dim = config.head_dim
+        self.modulation = None if config.shared_modulation else ModulationLinear(D, 1, bias)
+        self.pre_norm = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
+        inner, activation = mlp_width(config), make_activation(config)
+        self.widths = (3 * D, 2 * inner if config.swiglu else inner)
+        self.linear1 = nn.Linear(D, sum(self.widths), bias=bias)
+        self.linear2 = nn.Linear(D + inner, D, bias=bias)
+        self.norm = QKNorm(config.head_dim)
+        self.mlp_act = activation
+        self.attention = Attention()
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        vec_BD: Tensor,
+        rotary: Tensor,
+        mask_BS: Tensor | None = None,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        """Returns x_BSD. `modulation` replaces what the block would make of vec_BD."""
+        modulation = modulation or self.modulation(vec_BD)[0]
+        fused = self.linear1(modulate(self.pre_norm(x_BSD), modulation))
+        # Shares of what is there, not fixed widths: under tensor parallelism a rank holds a part of each.
+        qkv, mlp = fused.split([fused.shape[-1] * width // sum(self.widths) for width in self.widths], dim=-1)
+        q_BSNK, k_BSNK, v_BSNK = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q_BSNK, k_BSNK = self.norm(q_BSNK, k_BSNK)
+        attn_BSNK = self.attention(rotate(q_BSNK, rotary), rotate(k_BSNK, rotary), v_BSNK, mask_BS)
+        y_BSD = self.linear2(torch.cat((attn_BSNK.flatten(2), self.mlp_act(mlp)), dim=-1))
+        return add_gated(x_BSD, modulation, y_BSD)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, channels: int, bias: bool):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
+        self.linear = nn.Linear(width, channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
+
+    def forward(self, img_BTD: Tensor, vec_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec_BD)[:, None].chunk(2, dim=-1)
+        return self.linear(torch.addcmul(shift, self.norm_final(img_BTD), 1 + scale))
+
+
+class Attention(nn.Module):
+    """Full attention, never causal. Parameter-free: what spreads a sequence over ranks puts its own in this place."""
+
+    def forward(self, q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        """Returns attn_BSNK. mask_BS is bool, True = attend to this key."""
+        attn_BNSK = F.scaled_dot_product_attention(
+            q_BSNK.transpose(1, 2),
+            k_BSNK.transpose(1, 2),
+            v_BSNK.transpose(1, 2),
+            attn_mask=None if mask_BS is None else mask_BS[:, None, None, :],
+            is_causal=False,
+        )
+        return attn_BNSK.transpose(1, 2)
+
+
+class Projections(nn.Module):
+    """One stream's way into attention and, through `proj`, out of it."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSNK, k_BSNK, v_BSNK = self.qkv(x_BSD).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        return *self.norm(q_BSNK, k_BSNK), v_BSNK
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of every head of queries and keys; keeps the attention logits bounded in bf16 (arXiv 2302.05442)."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = nn.RMSNorm(head_dim, eps=_EPS)
+        self.key_norm = nn.RMSNorm(head_dim, eps=_EPS)
+
+    def forward(self, q_BSNK: Tensor, k_BSNK: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q_BSNK), self.key_norm(k_BSNK)
+
+
+class ModulationLinear(nn.Module):
+    """vec_BD -> the modulation of `branches` branches."""
+
+    def __init__(self, width: int, branches: int, bias: bool):
+        super().__init__()
+        self.branches = branches
+        self.lin = nn.Linear(width, 3 * branches * width, bias=bias)
+
+    def forward(self, vec_BD: Tensor) -> tuple[Modulation, ...]:
+        chunks = self.lin(F.silu(vec_BD))[:, None].chunk(3 * self.branches, dim=-1)
+        return tuple(Modulation(*chunks[start : start + 3]) for start in range(0, len(chunks), 3))
+
+
+class Embedder(nn.Module):
+    """Features of the whole sample -> [B, D]."""
+
+    def __init__(self, features: int, width: int, bias: bool):
+        super().__init__()
+        self.in_layer = nn.Linear(features, width, bias=bias)
+        self.out_layer = nn.Linear(width, width, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(features.to(self.in_layer.weight.dtype))))
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+def mlp_width(config: TransformerConfig) -> int:
+    return int(config.hidden_size * config.mlp_ratio)
+
+
+def make_activation(config: TransformerConfig) -> nn.Module:
+    return SwiGLU() if config.swiglu else nn.GELU(approximate="tanh")
+
+
+def make_mlp(config: TransformerConfig) -> nn.Sequential:
+    inner = mlp_width(config)
+    return nn.Sequential(
+        nn.Linear(config.hidden_size, 2 * inner if config.swiglu else inner, bias=config.bias),
+        make_activation(config),
+        nn.Linear(inner, config.hidden_size, bias=config.bias),
+    )
+
+
+def modulate(x: Tensor, modulation: Modulation) -> Tensor:
+    return torch.addcmul(modulation.shift, x, 1 + modulation.scale)
+
+
+def add_gated(x: Tensor, modulation: Modulation, y: Tensor) -> Tensor:
+    return torch.addcmul(x, modulation.gate, y)
+
+
+def time_features(t_B: Tensor) -> Tensor:
+    """Cosines, then sines of 1000 t at 128 wavelengths from 2 pi to 2 pi 10^4; fp32 `[B, 256]`."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
+    angles = 1000 * t_B.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotary_table(ids_BSA: Tensor, axes_dim: tuple[int, ...], theta: float) -> Tensor:
+    """Cosine and sine of every token's angle in each plane of a head: fp32 `[B, S, 1, K / 2, 2]`.
+
+    Angles are float64: in fp32 a large position times a small frequency loses the digits that tell neighbors apart.
+    """
+    angles = []
+    for axis, dims in enumerate(axes_dim):
+        exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=ids_BSA.device) / dims
+        angles.append(ids_BSA[:, :, None, axis, None] * theta**-exponents)
+    angles_BS1P = torch.cat(angles, dim=-1)
+    return torch.stack((angles_BS1P.cos(), angles_BS1P.sin()), dim=-1).float()
+
+
+def rotate(x_BSNK: Tensor, rotary: Tensor) -> Tensor:
+    """Turn neighboring pairs of a head's dims by the token's angles (RoPE, arXiv 2104.09864), computed in fp32."""
+    pairs = x_BSNK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # real arithmetic, which the compiler can fuse with its surroundings
+        (a, b), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:  # the same product in one kernel
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    return turned.flatten(-2).to(x_BSNK.dtype)
+
+
+@torch.no_grad()
+def init_weights(model: FluxTransformer, seed: int) -> None:
+    """Set every parameter in place, as MLPerf's FLUX.1 reference does.
+
+    Each parameter's numbers are keyed by its name, so they do not depend on the order or place of initialization.
+    """
+    for name, parameter in model.named_parameters():
+        value = torch.empty_like(parameter, dtype=torch.float32)
+        generator = keyed_generator(seed, "init", name, parameter.device)
+        if name.endswith("norm.weight"):
+            value.fill_(1.0)
+        elif name.endswith("bias") or "mod" in name or name.startswith("final_layer."):
+            value.zero_()  # every block starts as the identity, and the first prediction is 0
+        elif name.startswith(("time_in.", "vector_in.", "guidance_in.")):
+            value.normal_(std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(value, generator=generator)
+        parameter.copy_(value)

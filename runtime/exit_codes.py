@@ -1,0 +1,8 @@
+"""What the exit code of a training process means. A job script decides by it whether to start the run again."""
+
+OK = 0
+ERROR = 1  # a fault of the recipe or of the machine; the traceback is shown
+CONFIG = 2  # the configuration or a file it names is wrong; starting again changes nothing
+DATA = 3  # the data set cannot be read
+INTERRUPTED = 130  # Ctrl-C, as shells report it (128 + SIGINT)
+TERMINATED = 143  # 128 + SIGTERM

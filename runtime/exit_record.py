@@ -1,0 +1,127 @@
+"""How a run ended, in one file: `<dump_folder>/exit.json` with code, reason, step and rank.
+
+torchrun turns every failure into exit code 1, so the code that counts is the recorded one (see run_train.sh).
+"""
+
+import json
+import os
+import re
+import signal
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import exit_codes
+from runtime.log import write_stderr
+
+RECORD_NAME = "exit.json"
+RECORD_VARIABLE = "FLUX_EXIT_RECORD"  # a second place for the record, known before the run folder is
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
+
+
+@dataclass
+class RunEnd:
+    """What the record says beside the code and the reason; the trainer keeps it up to date."""
+
+    rank: int
+    folder: Path | None = None  # None: there is no run folder yet
+    step: int = 0  # the last finished step
+
+
+@contextmanager
+def recorded_exit(rank: int, codes: Mapping[type[ValueError], int]) -> Iterator[RunEnd]:
+    """Runs the body, records how it ended and leaves the process with the right exit code.
+
+        with recorded_exit(rank, {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG}) as end:
+            end.folder = claim_run_folder(...)
+
+    An error of `codes` that was raised in this project's own code is for the user to mend: its message goes to stderr,
+    without traceback. Any other exception is a fault of the recipe and keeps its traceback. SIGTERM ends the body the
+    way Ctrl-C does.
+
+    Args:
+        rank: of this process. Rank 0 records success.
+        codes: exit code of each kind of user error; the first that fits counts.
+
+    Raises:
+        SystemExit: the body did not end well. A SystemExit of the body itself passes unrecorded.
+    """
+    end = RunEnd(rank)
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        try:
+            yield end
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            code, reason = _explain(error, codes)
+            write_exit_record(end.folder, code, reason, end.step, rank)
+            raise SystemExit(code) from None
+        if rank == 0:
+            write_exit_record(end.folder, exit_codes.OK, "done", end.step, rank)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def write_exit_record(folder: Path | None, code: int, reason: str, step: int, rank: int) -> None:
+    """Writes the record into the run folder and to the file that $FLUX_EXIT_RECORD names.
+
+    Of several ranks the first that failed keeps the word: the others mostly fail because of it.
+    """
+    record = {"code": code, "reason": reason, "step": step, "rank": rank}
+    places = [folder / RECORD_NAME] if folder else []
+    if named := os.environ.get(RECORD_VARIABLE):
+        places.append(Path(named))
+    for place in places:
+        try:
+            if place.exists() and json.loads(place.read_text())["code"] != exit_codes.OK:
+                continue
+            unfinished = place.with_name(f"{place.name}.rank{rank}")
+            unfinished.write_text(json.dumps(record) + "\n")
+            unfinished.replace(place)
+        except OSError as error:
+            write_stderr(f"warning: {place} could not be written: {error}")
+
+
+def _raise_terminated(signal_number: int, frame: object) -> None:
+    # A second SIGTERM (a scheduler and a launcher both send one) must not cut off the record of the first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def _explain(error: BaseException, codes: Mapping[type[ValueError], int]) -> tuple[int, str]:
+    """Shows the error on stderr and returns its exit code and reason."""
+    if isinstance(error, KeyboardInterrupt):
+        code, reason = exit_codes.INTERRUPTED, "interrupted by Ctrl-C"
+    elif isinstance(error, Terminated):
+        code, reason = exit_codes.TERMINATED, "stopped by SIGTERM"
+    else:
+        origin, message = _origin_and_message(error)
+        known = [code for kind, code in codes.items() if isinstance(error, kind)]
+        if not known or not _is_ours(origin):
+            write_stderr("".join(traceback.format_exception(error)).rstrip())
+            return exit_codes.ERROR, f"{type(error).__name__}: {message}"
+        code, reason = known[0], message
+    write_stderr(reason)
+    return code, reason
+
+
+def _origin_and_message(error: BaseException) -> tuple[str, str]:
+    """The source file that raised the error, and what the error says."""
+    text = str(error)
+    if "\nOriginal Traceback (most recent call last):\n" in text:
+        # A data loader's worker sent it: the message is the worker's printed traceback, which ends in the real message.
+        origin = re.findall(r'^  File "(.+?)", line \d+', text, re.MULTILINE)[-1]
+        return origin, re.split(rf"^[\w.]*\b{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename, text
+
+
+def _is_ours(file: str) -> bool:
+    path = Path(file)
+    return path.is_relative_to(PROJECT) and "site-packages" not in path.parts

@@ -1,0 +1,91 @@
+"""What a person sees of a run: the start-up lines, one line per logged step, and on a terminal a progress bar.
+
+Every room logs through Python's `logging`; only what is set up here decides where it goes.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+def write_stderr(text: str) -> None:
+    """Prints to stderr, above a progress bar when there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_stderr(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+class _Formatter(logging.Formatter):
+    """Plain text; warnings and errors say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def setup_logging(rank: int) -> None:
+    """Rank 0 shows what the rooms tell (INFO and above), the others only warnings. Libraries: warnings only."""
+    handler = _StderrHandler()
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for room in ("__main__", "train", "config", "flux", "parallel", "checkpoint", "training", "runtime"):
+        logging.getLogger(room).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def log_stage(number: int, total: int, name: str, text: str) -> None:
+    """A line of the start-up walk: `[1/6] mesh       1 process on cpu`."""
+    log.info("[%d/%d] %-10s %s", number, total, name, text)
+
+
+class StepLog:
+    """Progress of training: a bar on a terminal, elsewhere one line per report.
+
+    Args:
+        steps: number of the last step.
+        done: number of the last step that is already behind the run.
+        show: False on all ranks but one.
+    """
+
+    def __init__(self, steps: int, done: int = 0, show: bool = True):
+        self._steps = steps
+        self._show = show
+        self._bar = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the figures of a logged step: loss, grad_norm, lr, samples_per_s, data_wait_percent, memory_gib."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(values))
+        elif self._show:
+            width = max(5, len(str(self._steps)))
+            log.info("step %*d/%d  %s", width, step, self._steps, _figures(values))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    rate = values["samples_per_s"]
+    return (
+        f"loss {values['loss']:6.4f}  grad {values['grad_norm']:5.2f}  lr {values['lr']:.1e}  "
+        f"{rate:6.{0 if rate >= 100 else 1}f} samples/s  data {values['data_wait_percent']:4.1f} %  "
+        f"mem {values['memory_gib']:.1f} GiB"
+    )

@@ -1,0 +1,41 @@
+"""The folder a run writes into. Two runs never share one, so no file in it mixes two runs."""
+
+import itertools
+from pathlib import Path
+
+
+def claim_run_folder(dump_folder: str | Path) -> Path:
+    """Makes the folder and returns it, or the next free name when it is in use: `outputs/tiny`, `outputs/tiny-2`, ...
+
+    An empty folder is free (a mounted volume, say). Of two processes that claim one name at the same moment, one gets
+    the next. Only one process of a run may call it.
+
+    Raises:
+        ValueError: no folder can be made there, or it cannot be written to.
+    """
+    wanted = Path(dump_folder)
+    try:
+        return next(folder for folder in _candidates(wanted) if _claim(folder))
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder={str(dump_folder)!r} must be a folder that can be made and written to, but: {error}; "
+            "choose another with --job.dump_folder"
+        ) from None
+
+
+def _candidates(wanted: Path):
+    yield wanted
+    for number in itertools.count(2):
+        yield wanted.with_name(f"{wanted.name}-{number}")
+
+
+def _claim(folder: Path) -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        return False
+    # Creating the run's first file is the claim: it happens once, whoever else looks at the same empty folder.
+    try:
+        (folder / "metrics.jsonl").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""Says whether a configuration is valid, and what it asks for, without training and without importing torch.
+
+    python -m scripts.check_config FILE [--section.key value ...]
+
+Exit code 0: valid, with a summary. 2: not valid; every error is listed on stderr.
+"""
+
+import sys
+
+from config.help import help_text
+from config.job_config import JobConfig
+from config.parse import ConfigError, parse
+from flux.spec import PIXELS_PER_TOKEN
+from runtime import exit_codes
+
+
+def summarize(config: JobConfig) -> str:
+    """What a valid configuration will do, on one screen."""
+    training, optimizer, validation = config.training, config.optimizer, config.validation
+    side = training.img_size // PIXELS_PER_TOKEN
+    update = max(training.global_batch_size, training.local_batch_size)
+    data = training.dataset + (f" in {training.dataset_path}" if training.dataset_path else "")
+    checks = f"loss every {validation.freq} steps"
+    if validation.eval_freq:
+        checks += f", {validation.save_img_count} pictures every {validation.eval_freq} steps"
+    lines = {
+        "model": f"{config.model.flavor}, weights in {training.dtype}, computing in {training.mixed_precision_param}",
+        "tokens": f"{training.img_size} px: {side} x {side} = {side * side} image"
+        f" + {config.encoder.max_t5_encoding_len} text = {side * side + config.encoder.max_t5_encoding_len}",
+        "data": data,
+        "batch": f"{training.local_batch_size} per step x {update // training.local_batch_size} accumulated"
+        f" = {update} per update and process",
+        "length": f"{training.steps} updates x {update} = {training.steps * update:,} samples",
+        "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, warm-up {config.lr_scheduler.warmup_steps} steps",
+        "validation": checks if validation.enable else "off",
+        "folder": config.job.dump_folder,
+    }
+    return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return exit_codes.OK
+    if argv and not argv[0].startswith("-"):
+        argv = ["--job.config_file", *argv]
+    try:
+        config, warnings = parse(argv)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return exit_codes.CONFIG
+    print("\n".join(["ok", summarize(config), *(f"warning: {warning}" for warning in warnings)]))
+    return exit_codes.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""torchtitan's keys are accepted, and what has no effect is said once per kind."""
+
+import pytest
+
+from config.accepted import NO_EFFECT_YET, NOT_USED_HERE
+from config.keys import KEYS
+from config.parse import ConfigError, parse
+from tests.unit.config.torchtitan_files import TORCHTITAN_FILES, lookup, make_toml
+
+
+@pytest.mark.parametrize("name", TORCHTITAN_FILES)
+def test_torchtitans_file_loads_unchanged(tmp_path, name):
+    file = tmp_path / f"flux_{name}.toml"
+    file.write_text(make_toml(TORCHTITAN_FILES[name]))
+    config, warnings = parse(["--job.config_file", str(file)])
+    for key, value in TORCHTITAN_FILES[name].items():
+        if key in KEYS:
+            assert lookup(config, key) == value, key
+
+    without_effect = set(TORCHTITAN_FILES[name]) - set(KEYS)
+    assert len(warnings) == 2, "one warning per kind"
+    for warning, kind, table in zip(
+        warnings, ("no effect yet", "not used here"), (NO_EFFECT_YET, NOT_USED_HERE), strict=True
+    ):
+        assert kind in warning
+        named = set(warning.partition(":")[2].replace(",", " ").split())
+        assert named == without_effect & set(table)
+
+
+def test_a_key_has_an_effect_or_a_reason_for_none():
+    assert not NO_EFFECT_YET.keys() & NOT_USED_HERE.keys()
+    assert not (NO_EFFECT_YET | NOT_USED_HERE).keys() & KEYS.keys()
+
+
+def test_values_without_effect_are_checked_all_the_same():
+    with pytest.raises(ConfigError, match=r"checkpoint.interval=\"often\" must be a whole number"):
+        parse(["--checkpoint.interval", "often"])
+    with pytest.raises(ConfigError, match=r"activation_checkpoint.mode=\"some\" is not a known choice"):
+        parse(["--activation_checkpoint.mode", "some"])
+
+
+def test_wildcards_take_any_key_and_value(tmp_path):
+    file = tmp_path / "quantize.toml"
+    file.write_text(
+        '[quantize.linear.float8]\nfilter_fqns = ["a"]\nemulate = true\n[quantize.linear.mx]\nany = {b = 1}\n'
+    )
+    _, warnings = parse(["--job.config_file", str(file)])
+    assert len(warnings) == 1
+    for name in ("float8.filter_fqns", "float8.emulate", "mx.any"):
+        assert f"quantize.linear.{name}" in warnings[0]
+
+
+def test_bare_booleans_and_lists_without_effect():
+    _, warnings = parse(["--checkpoint.enable", "--model.converters", "float8,mx", "--checkpoint.enable", "false"])
+    assert warnings == ["these keys have no effect yet: checkpoint.enable, model.converters"]

@@ -1,0 +1,81 @@
+"""Rules between keys: one row for each way to break one, and one beside it that is fine."""
+
+import pytest
+
+from config.parse import ConfigError, parse
+
+FAULTS = [
+    ("--training.img_size=24", "training.img_size=24 must be a multiple of 16: use 16 or 32"),
+    (
+        "--training.global_batch_size=4",
+        "training.global_batch_size=4 must be a multiple of training.local_batch_size=8",
+    ),
+    ("--training.global_batch_size=20", "use 16, 24, or -1"),
+    ("--training.dataset=imagefolder", 'training.dataset="imagefolder" needs training.dataset_path'),
+    (
+        "--validation.enable --validation.dataset=imagefolder",
+        'validation.dataset="imagefolder" needs validation.dataset_path',
+    ),
+    ("--training.dataloader.prefetch_factor=2", "training.dataloader.prefetch_factor is about workers"),
+    ("--validation.dataloader.persistent_workers", "validation.dataloader.persistent_workers is about workers"),
+    ("--training.dtype=bfloat16 --training.mixed_precision_param=float32", "the time of one and the precision of the"),
+]
+DOUBTS = [
+    ("--training.dataset_path=x", 'training.dataset_path="x" is not read: shapes draws its own pictures'),
+    ("--validation.dataset_path=x", 'validation.dataset_path="x" is not read'),
+    ("--training.guidance=3.5", "training.guidance=3.5 has no effect: flux-tiny embeds no guidance"),
+    (
+        "--validation.enable --validation.enable_classifier_free_guidance",
+        "validation.enable_classifier_free_guidance=true needs a model that knows the empty prompt",
+    ),
+    (
+        "--training.steps=5",
+        "lr_scheduler.warmup_steps=200 is longer than the schedule of 5 steps: the warm-up is short",
+    ),
+    ("--training.steps=250 --lr_scheduler.decay_ratio=0.5", "the decay is shortened to the 50 steps after the warm-up"),
+    (
+        "--lr_scheduler.total_steps=500",
+        "lr_scheduler.total_steps=500 ends before training.steps=10000: the rest runs at 0",
+    ),
+    (
+        "--training.steps=100 --lr_scheduler.total_steps=300",
+        "training.steps=100 ends within lr_scheduler.warmup_steps=200",
+    ),
+]
+FINE = [
+    "--training.img_size=32 --training.global_batch_size=24 --training.dataset=imagefolder --training.dataset_path=x",
+    "--validation.dataset=imagefolder",  # validation is off
+    "--validation.enable --training.dataset=imagefolder --training.dataset_path=x",  # a part of it is held back
+    "--validation.enable --validation.dataset=imagefolder --validation.dataset_path=x",
+    "--training.dataloader.num_workers=1 --training.dataloader.prefetch_factor=2",
+    "--validation.dataloader.num_workers=1 --validation.dataloader.persistent_workers",
+    "--training.dtype=bfloat16",
+    "--training.dtype=float32 --training.mixed_precision_param=float32",
+    "--training.guidance=3.5 --model.flavor=flux-dev",
+    "--validation.enable --validation.enable_classifier_free_guidance --training.classifier_free_guidance_prob=0.1",
+    "--training.steps=200 --lr_scheduler.decay_ratio=0",
+    "--training.steps=400 --lr_scheduler.decay_ratio=0.5",
+    "--lr_scheduler.total_steps=500 --lr_scheduler.decay_ratio=0.0",
+    "--training.dataset=cc12m-wds --validation.dataset=coco-validation --validation.enable",  # the run refuses these
+]
+
+
+@pytest.mark.parametrize(("line", "text"), FAULTS)
+def test_fault(line, text):
+    with pytest.raises(ConfigError) as caught:
+        parse(line.split())
+    (error,) = str(caught.value).splitlines()
+    assert error.startswith("command line: ")
+    assert text in error
+
+
+@pytest.mark.parametrize(("line", "text"), DOUBTS)
+def test_doubt(line, text):
+    _, warnings = parse(line.split())
+    assert len(warnings) == 1
+    assert text in warnings[0]
+
+
+@pytest.mark.parametrize("line", FINE)
+def test_fine(line):
+    assert parse(line.split())[1] == []

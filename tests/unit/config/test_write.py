@@ -1,0 +1,104 @@
+"""A configuration that is written down gives the same configuration when it is read."""
+
+import tempfile
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.job_config import JobConfig
+from config.keys import KEYS, Key
+from config.parse import load_config, parse
+from config.write import format_config, save_config
+
+ALL_TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=12)
+
+
+def values_of(key: Key) -> st.SearchStrategy:
+    """Values of a key that no rule between keys forbids."""
+    if key.name == "training.img_size":
+        values = st.integers(1, 64).map(lambda tokens: 16 * tokens)
+    elif key.name == "training.global_batch_size":
+        values = st.just(-1)
+    elif key.name == "training.mixed_precision_param":
+        values = st.just("bfloat16")
+    elif key.name == "debug.seed":
+        values = st.integers(0, 2**63 - 1)
+    elif key.name.endswith(".num_workers"):
+        values = st.integers(1, 9)
+    elif key.name.endswith(".dataset_path"):
+        return ALL_TEXT
+    elif key.choices:
+        values = st.sampled_from(key.choices)
+    elif key.kind is bool:
+        values = st.booleans()
+    elif key.kind is str:
+        values = ALL_TEXT
+    elif key.kind is int:
+        values = st.integers(16, 512)  # inside every range
+    else:
+        values = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    return st.none() | values if key.optional else values
+
+
+@st.composite
+def configs(draw):
+    def fill(section, prefix):
+        return replace(
+            section,
+            **{
+                field.name: fill(value, f"{prefix}{field.name}.")
+                if is_dataclass(value := getattr(section, field.name))
+                else draw(values_of(KEYS[prefix + field.name]))
+                for field in fields(section)
+            },
+        )
+
+    return fill(JobConfig(), "")
+
+
+@given(configs())
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_round_trip(config):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        save_config(config, file)
+        assert parse(["--job.config_file", str(file)])[0] == config
+
+
+def test_equality_sees_every_key_but_the_file_it_came_from():
+    base = JobConfig()
+    assert replace(base, job=replace(base.job, config_file="x.toml")) == base
+    assert replace(base, job=replace(base.job, dump_folder="x")) != base
+
+
+def test_the_written_file_shows_every_key_with_its_meaning():
+    text = format_config(replace(JobConfig(), debug=replace(JobConfig().debug, seed=5)))
+    assert "seed = 5  # seed of the weights" in text
+    assert "\n# total_steps =" in text, "not set: commented out, so that it can be filled in"
+    for name, key in KEYS.items():
+        if name != "job.config_file":
+            assert f"{name.partition('.')[2]} =" in text
+            assert key.help in text
+
+
+def test_where_it_came_from_is_noted_but_not_followed(tmp_path):
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("[training]\nsteps = 300\n")
+    config = load_config(["--job.config_file", str(first), "--optimizer.lr", "1e-5"])
+    save_config(config, second)
+    first.unlink()
+    again = load_config(["--job.config_file", str(second)])
+    assert again == config
+    assert again.optimizer.lr == 1e-5
+    assert f'# started from: "{first}"' in second.read_text()
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-8, 5e-324, 1.7976931348623157e308, 1e22])
+def test_floats_keep_every_bit(tmp_path, value):
+    file = tmp_path / "config.toml"
+    config = replace(JobConfig(), optimizer=replace(JobConfig().optimizer, lr=value))
+    save_config(config, file)
+    assert load_config(["--job.config_file", str(file)]).optimizer.lr == value

@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from runtime import exit_codes
+from runtime.exit_record import RECORD_VARIABLE, recorded_exit, write_exit_record
+
+ROOT = Path(__file__).parents[3]
+
+
+class Broken(ValueError):
+    """Stands for a data error."""
+
+
+CODES = {Broken: exit_codes.DATA, ValueError: exit_codes.CONFIG}
+
+
+@pytest.fixture(autouse=True)
+def no_second_record(monkeypatch):
+    monkeypatch.delenv(RECORD_VARIABLE, raising=False)
+
+
+def end_run(folder, error=None, rank=0, step=7):
+    """Ends a run with `error` and returns (exit code, record)."""
+    code = exit_codes.OK
+    try:
+        with recorded_exit(rank, CODES) as end:
+            end.folder, end.step = folder, step
+            if error is not None:
+                raise error
+    except SystemExit as stop:
+        code = stop.code
+    record = folder / "exit.json"
+    return code, json.loads(record.read_text()) if record.exists() else None
+
+
+def test_success(tmp_path, capfd):
+    assert end_run(tmp_path) == (0, {"code": 0, "reason": "done", "step": 7, "rank": 0})
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (ValueError("training.steps=0 must be positive"), 2, "training.steps=0 must be positive"),
+        (Broken("a.png does not decode"), 3, "a.png does not decode"),
+        (KeyboardInterrupt(), 130, "interrupted by Ctrl-C"),
+    ],
+)
+def test_an_end_that_is_no_fault_of_ours_has_a_message_and_no_traceback(tmp_path, capfd, error, code, reason):
+    assert end_run(tmp_path, error) == (code, {"code": code, "reason": reason, "step": 7, "rank": 0})
+    assert capfd.readouterr().err == reason + "\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback(tmp_path, capfd):
+    code, record = end_run(tmp_path, RuntimeError("shapes differ"))
+    assert (code, record["reason"]) == (1, "RuntimeError: shapes differ")
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+def test_a_value_error_out_of_a_library_is_not_the_users(tmp_path, capfd):
+    code = exit_codes.OK
+    try:
+        with recorded_exit(0, CODES) as end:
+            end.folder = tmp_path
+            json.loads("{")  # JSONDecodeError is a ValueError, raised outside this project
+    except SystemExit as stop:
+        code = stop.code
+    assert code == exit_codes.ERROR
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+class BrokenSamples(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            open("/nowhere/a.png")  # noqa: SIM115 -- opening it is what fails
+        except OSError as error:
+            raise Broken("a.png does not decode: remove it") from error
+
+
+def test_an_error_in_a_loaders_worker_is_told_like_any_other(tmp_path, capfd):
+    torch.set_num_threads(1)
+    code = exit_codes.OK
+    try:
+        with recorded_exit(0, CODES) as end:
+            end.folder = tmp_path
+            next(iter(DataLoader(BrokenSamples(), num_workers=1)))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == exit_codes.DATA
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "a.png does not decode: remove it"
+    assert capfd.readouterr().err == "a.png does not decode: remove it\n"
+
+
+def test_sigterm_is_recorded(tmp_path):
+    body = f"""
+import time
+from pathlib import Path
+from runtime.exit_record import recorded_exit
+with recorded_exit(0, {{}}) as end:
+    end.folder, end.step = Path({str(tmp_path)!r}), 3
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_codes.TERMINATED
+    assert errors == b"stopped by SIGTERM\n"
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record == {"code": 143, "reason": "stopped by SIGTERM", "step": 3, "rank": 0}
+
+
+def test_the_handler_of_before_comes_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    end_run(tmp_path, ValueError("x"))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_rank_that_fails_keeps_the_word(tmp_path):
+    end_run(tmp_path, Broken("rank 3 cannot read"), rank=3)
+    assert end_run(tmp_path, KeyboardInterrupt(), rank=0)[1]["rank"] == 3
+    assert end_run(tmp_path, rank=0)[1]["code"] == exit_codes.DATA
+
+
+def test_success_is_rank_0s_and_a_failure_after_it_replaces_it(tmp_path):
+    assert end_run(tmp_path, rank=1)[1] is None
+    assert end_run(tmp_path, rank=0)[1]["code"] == exit_codes.OK
+    assert end_run(tmp_path, Broken("late"), rank=2)[1] == {"code": 3, "reason": "late", "step": 7, "rank": 2}
+
+
+def test_the_record_is_written_to_the_named_file_too_and_leaves_nothing_else(tmp_path, monkeypatch):
+    named = tmp_path / "named.json"
+    monkeypatch.setenv(RECORD_VARIABLE, str(named))
+    write_exit_record(None, exit_codes.CONFIG, "no folder yet", step=0, rank=0)
+    assert json.loads(named.read_text())["code"] == exit_codes.CONFIG
+    # run_train.sh picks the code out of this very text.
+    assert named.read_text().startswith('{"code": 2, ')
+    assert os.listdir(tmp_path) == ["named.json"]
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_the_end(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert end_run(tmp_path / "file", ValueError("the real message")) == (exit_codes.CONFIG, None)
+    assert "the real message" in capfd.readouterr().err

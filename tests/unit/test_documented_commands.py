@@ -1,0 +1,123 @@
+"""Every command that the documents show can be given as it is shown."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config.parse import ConfigError, parse
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SETTING = re.compile(r"[A-Z_]+=\S*$")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in the shell blocks of a document, without comments, prompts and `\\` line ends."""
+    lines = [line for block in SHELL_BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if is_command(line)]
+    return [command for command in words if command]
+
+
+def is_command(line: str) -> bool:
+    """Whether a line starts one of the project's own commands; a block may show output too."""
+    return re.match(r"(\$ )?([A-Z_]+=\S* )*(\./|\S*python3? |\.venv/|\.ci/)", line) is not None
+
+
+def problem(command: list[str]) -> str | None:
+    """Why a command could not be given as it is shown, or None."""
+    settings = dict(word.split("=", 1) for word in command if SETTING.match(word))
+    program, *arguments = [word for word in command if not SETTING.match(word)]
+    if program == "./run_train.sh":
+        file = settings.get("CONFIG_FILE", "train_configs/flux_tiny.toml")
+        return config_problem(["--job.config_file", file, *arguments])
+    if program in ("./run_tests.sh", ".ci/run"):
+        return None if (ROOT / program).is_file() else f"{program} does not exist"
+    if not re.search(r"python3?$", program):
+        return None  # a tool
+    if arguments[:1] == ["train.py"]:
+        return config_problem(arguments[1:])
+    if arguments[:1] == ["-m"] and arguments[1].split(".")[0] in ("scripts", "benchmarks"):
+        return module_problem(arguments[1], arguments[2:])
+    return None  # Python's own modules
+
+
+def config_problem(arguments: list[str]) -> str | None:
+    try:
+        parse(arguments)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def module_problem(module: str, arguments: list[str]) -> str | None:
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    if not path.is_file():
+        return f"{module} does not exist"
+    if module == "scripts.check_config":
+        return config_problem(["--job.config_file", *arguments])
+    unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"} - options(path)
+    return f"{module} does not know {', '.join(sorted(unknown))}" if unknown else None
+
+
+def options(path: Path) -> set[str]:
+    """The names that a script's add_argument calls define."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func).endswith(".add_argument")]
+    return {word.value for call in calls for word in call.args if isinstance(word, ast.Constant)}
+
+
+def documented() -> list[tuple[str, str]]:
+    texts = {name: (ROOT / name).read_text() for name in DOCUMENTS if (ROOT / name).is_file()}
+    return [(name, shlex.join(command)) for name, text in texts.items() for command in commands(text)]
+
+
+@pytest.mark.parametrize(("document", "command"), documented())
+def test_a_documented_command_parses(document, command):
+    assert problem(shlex.split(command)) is None
+
+
+def documented_modules() -> list[str]:
+    words = [shlex.split(command) for _, command in documented()]
+    modules = {command[command.index("-m") + 1] for command in words if "-m" in command}
+    return sorted(module for module in modules if module.startswith(("scripts.", "benchmarks.")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", documented_modules())
+def test_a_documented_module_explains_itself(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert b"usage" in done.stdout
+
+
+def test_the_reader_finds_commands_and_only_them():
+    text = (
+        "```bash\n$ NGPU=1 ./run_train.sh --training.steps 5 \\\n    --training.local_batch_size 2  # short\n"
+        "step 1/5 loss 1\n.venv/bin/python -m scripts.x\n```\n```python\nimport torch\n```\n"
+    )
+    assert commands(text) == [
+        ["NGPU=1", "./run_train.sh", "--training.steps", "5", "--training.local_batch_size", "2"],
+        [".venv/bin/python", "-m", "scripts.x"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "./run_train.sh --training.stepz 5",
+        "./run_train.sh --training.steps many",
+        "CONFIG_FILE=train_configs/none.toml ./run_train.sh",
+        "python train.py --job.config_file train_configs/none.toml",
+        "python -m scripts.no_such_script",
+        "python -m scripts.check_config train_configs/none.toml",
+        ".venv/bin/python -m scripts.sample --no-such-flag 1",
+    ],
+)
+def test_a_wrong_command_is_found(command):
+    assert problem(shlex.split(command)) is not None

@@ -1,0 +1,148 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from training import metrics as metrics_module
+from training.config import Metrics
+from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
+
+ROOT = Path(__file__).parents[3]
+
+
+def read_lines(folder):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (folder / METRICS_NAME).read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_one_object_per_step_with_every_digit_written_at_once(tmp_path):
+    logger = MetricsLogger(tmp_path, Metrics(), {})
+    loss = 0.1 + 0.2
+    logger.log(1, {"loss": loss, "samples_seen": 64})
+    (line,) = read_lines(tmp_path)  # before close: a run that dies loses no line
+    assert line == {"step": 1, "loss": loss, "samples_seen": 64}
+    logger.log(2, {"validation_loss": 1 / 3})
+    logger.close()
+    assert read_lines(tmp_path)[1] == {"step": 2, "validation_loss": 1 / 3}
+
+
+def test_non_finite_values_are_valid_json_and_read_back(tmp_path):
+    logger = MetricsLogger(tmp_path, Metrics(), {})
+    logger.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    logger.close()
+    (line,) = read_lines(tmp_path)
+    assert math.isnan(float(line["loss"]))
+    assert (float(line["grad_norm"]), float(line["lr"])) == (math.inf, -math.inf)
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
+    logger = MetricsLogger(tmp_path, Metrics(enable_tensorboard=True, save_tb_folder="events"), {})
+    logger.log(3, {"loss": 0.5})
+    logger.log_image(3, "samples", tmp_path / "grid.png")
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+    assert [(event.step, event.width) for event in events.Images("samples")] == [(3, 4)]
+
+
+def test_wandb_offline_keeps_the_command_line_to_itself(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
+    body = f"""
+from pathlib import Path
+from training.config import Metrics
+from training.metrics import MetricsLogger
+logger = MetricsLogger(Path({str(tmp_path)!r}), Metrics(enable_wandb=True), {{"training": {{"steps": 54321}}}})
+logger.log(1, {{"loss": 0.5}})
+logger.log_image(1, "samples", Path({str(tmp_path)!r}) / "grid.png")
+logger.close()
+"""
+    command = [sys.executable, "-c", body, "--secret", "planted-secret"]
+    environment = {"PATH": "", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "off" not in done.stderr
+    files = {path: path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" and b"54321" in content for path, content in files.items())
+    assert any(path.suffix == ".png" for path in files)
+    assert not any(b"planted-secret" in content for content in files.values())
+
+
+class Sink:
+    """A place that fails at its second line."""
+
+    def __init__(self, *_):
+        self.calls = 0
+
+    def log(self, step, values):
+        self.calls += 1
+        if self.calls == 2:
+            raise OSError("disk\nfull")
+
+
+def test_a_sink_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(metrics_module, "_TensorBoard", Sink)
+    logger = MetricsLogger(tmp_path, Metrics(enable_tensorboard=True), {})
+    for step in range(1, 5):
+        logger.log(step, {"loss": 1.0})
+    logger.close()
+    assert [record.getMessage() for record in caplog.records] == ["TensorBoard is off from here on: OSError: disk full"]
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_sink_that_does_not_start_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(metrics_module, "_Wandb", refuse)
+    logger = MetricsLogger(tmp_path, Metrics(enable_wandb=True), {})
+    logger.log(1, {"loss": 1.0})
+    logger.close()
+    assert [record.getMessage() for record in caplog.records] == ["wandb is off: ConnectionError: no route to host"]
+    assert len(read_lines(tmp_path)) == 1
+
+
+def test_a_full_disk_does_not_stop_training_and_loses_no_line(tmp_path, caplog):
+    class Full:
+        """A file whose flush fails while the disk is full, like a buffered file's."""
+
+        def __init__(self, file):
+            self.file, self.full, self.text = file, True, ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            if self.full:
+                raise OSError(28, "No space left on device")
+            self.file.write(self.text)
+            self.file.flush()
+            self.text = ""
+
+        def close(self):
+            self.file.close()
+
+    logger = MetricsLogger(tmp_path, Metrics(), {})
+    logger._file = Full(logger._file)
+    logger.log(1, {"loss": 1.0})
+    assert "step 1 is not in metrics.jsonl yet" in caplog.text
+    logger._file.full = False
+    logger.log(2, {"loss": 1.0})
+    logger.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+def test_peak_memory_covers_what_this_process_once_held():
+    before = peak_memory_gib("cpu")
+    held = bytearray(b"x" * (64 * 2**20))
+    after = peak_memory_gib("cpu")
+    assert 0.01 < before <= after < 100
+    assert after >= len(held) / 2**30

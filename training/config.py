@@ -1,0 +1,48 @@
+"""The [optimizer], [lr_scheduler] and [metrics] sections."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients become weight updates."""
+
+    name: Annotated[Literal["AdamW", "Adam"], "AdamW decays weights apart from the gradient, Adam adds L2 to it"] = (
+        "AdamW"
+    )
+    lr: Annotated[float, "peak learning rate", "(0, inf)"] = 8e-4
+    beta1: Annotated[float, "decay of the gradient's running mean", "[0, 1)"] = 0.9
+    beta2: Annotated[float, "decay of the squared gradient's running mean", "[0, 1)"] = 0.95
+    eps: Annotated[float, "added to the denominator of the update", "(0, inf)"] = 1e-8
+    weight_decay: Annotated[float, "strength of the pull of all weights towards zero", "[0, inf)"] = 0.1
+    implementation: Annotated[
+        Literal["for-loop", "foreach", "fused"], "how the update is computed: fused is fastest, the numbers agree"
+    ] = "fused"
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """Warm-up, plateau and decay of the learning rate."""
+
+    warmup_steps: Annotated[int, "steps over which the learning rate rises linearly to its peak", "[0, inf)"] = 200
+    total_steps: Annotated[int | None, "length of the whole schedule in steps; not set: training.steps", "[1, inf)"] = (
+        None
+    )
+    decay_ratio: Annotated[
+        float | None,
+        "share of the schedule spent decaying, at its end; 0: no decay; not set: decay starts after the warm-up",
+        "[0, 1]",
+    ] = None
+    decay_type: Annotated[Literal["linear", "sqrt", "cosine"], "shape of the decay"] = "linear"
+    min_lr_factor: Annotated[float, "the decay ends at this share of optimizer.lr", "[0, 1]"] = 0.0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is measured while training, and where it is sent. metrics.jsonl is always written."""
+
+    log_freq: Annotated[int, "steps from one logged line to the next", "[1, inf)"] = 10
+    enable_tensorboard: Annotated[bool, "also write TensorBoard event files"] = False
+    save_tb_folder: Annotated[str, "folder of the event files, inside the run folder", "[1, inf)"] = "tb"
+    enable_wandb: Annotated[bool, "also log to Weights & Biases (WANDB_MODE=offline needs no account)"] = False

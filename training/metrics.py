@@ -1,0 +1,138 @@
+"""Where a run's figures go: always `metrics.jsonl`, on wish TensorBoard and Weights & Biases."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from training.config import Metrics
+
+METRICS_NAME = "metrics.jsonl"  # in the run folder
+GIB = 2**30
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLogger:
+    """Writes logged steps to every enabled place. One process of a run makes one.
+
+    The JSON lines are the truth, with floats at full precision and non-finite ones as the strings "nan", "inf" and
+    "-inf". TensorBoard and wandb are a convenience: one that fails is reported once and dropped, training goes on.
+
+    Args:
+        folder: the run folder.
+        section: [metrics].
+        run_config: the resolved configuration, for wandb's table of runs.
+    """
+
+    def __init__(self, folder: Path, section: Metrics, run_config: Mapping[str, Any]):
+        self._file = (folder / METRICS_NAME).open("a")
+        self._sinks: dict[str, _TensorBoard | _Wandb] = {}
+        if section.enable_tensorboard:
+            self._start("TensorBoard", lambda: _TensorBoard(folder / section.save_tb_folder))
+        if section.enable_wandb:
+            self._start("wandb", lambda: _Wandb(folder, run_config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of `step` and the values."""
+        line = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # What could not be flushed stays in the buffer, so a disk that gets room again gets the line too.
+            log.warning("step %d is not in metrics.jsonl yet: %s", step, error)
+        self._to_sinks(lambda sink: sink.log(step, values))
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        """Shows a picture file in TensorBoard and wandb."""
+        self._to_sinks(lambda sink: sink.log_image(step, name, path))
+
+    def close(self) -> None:
+        self._to_sinks(lambda sink: sink.close())
+        self._file.close()
+
+    def _start(self, name: str, build: "Callable[[], _TensorBoard | _Wandb]") -> None:
+        try:
+            self._sinks[name] = build()
+        except Exception as error:
+            log.warning("%s is off: %s", name, _one_line(error))
+
+    def _to_sinks(self, action: "Callable[[_TensorBoard | _Wandb], None]") -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                action(sink)
+            except Exception as error:
+                log.warning("%s is off from here on: %s", name, _one_line(error))
+                del self._sinks[name]
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter  # only runs that use it pay for the import
+
+        self._writer = SummaryWriter(log_dir=str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        import numpy
+        from PIL import Image
+
+        with Image.open(path, formats=("PNG",)) as picture:
+            self._writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Project and mode come from wandb's own environment variables: WANDB_PROJECT (default "flux"), WANDB_MODE."""
+
+    def __init__(self, folder: Path, run_config: Mapping[str, Any]):
+        import wandb
+
+        self._picture = wandb.Image
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "flux"),
+            name=folder.name,
+            dir=str(folder),
+            config=dict(run_config),
+            # The figures and the configuration are sent; code, patches and the command line stay here.
+            settings=wandb.Settings(save_code=False, disable_git=True, x_disable_meta=True, console="off", silent=True),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._picture(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def peak_memory_gib(device_type: str) -> float:
+    """Largest memory use of this process so far: of the GPU's allocator on "cuda", otherwise resident memory."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # macOS counts bytes, Linux KiB
+
+
+def _plain(value: float) -> float | int | str:
+    """A JSON value: JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
