@@ -48,11 +48,11 @@ set -m
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
     train.py --job.config_file "$CONFIG_FILE" "$@" &
 launcher=$!
-trap 'kill -TERM $launcher' TERM
-trap 'kill -INT $launcher' INT
-code=0
-wait $launcher || code=$?
-while kill -0 $launcher 2>/dev/null; do # a forwarded signal ended `wait`, not the launcher
+trap 'interrupted=1; kill -TERM $launcher' TERM
+trap 'interrupted=1; kill -INT $launcher' INT
+interrupted=1
+while [ "$interrupted" = 1 ]; do # a signal ends `wait`, not the launcher
+    interrupted=0 code=0
     wait $launcher || code=$?
 done
 recorded=$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$FLUX_EXIT_RECORD" 2>/dev/null || true)

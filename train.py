@@ -6,7 +6,6 @@ The build functions below are the only place where a model, its encoders or its 
 benchmarks call them too.
 """
 
-import contextlib
 import logging
 import os
 import secrets
@@ -14,14 +13,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from checkpoint.export import save_export
+from checkpoint.export import EXPORT_FILE, load_export, save_export
 from config.job_config import JobConfig
 from config.parse import load_config
-from config.write import save_config
+from config.write import format_config, save_config
 from flux.autoencoder import AutoencoderConfig, load_autoencoder
 from flux.batch import RawBatch
 from flux.codec import LatentCodec
@@ -126,6 +127,34 @@ def build_model(config: JobConfig, spec: ModelSpec, device: torch.device) -> Flu
     return model.to(DTYPES[config.training.dtype])
 
 
+class TrainedRun(NamedTuple):
+    """What a finished run left, ready to draw with."""
+
+    config: JobConfig
+    spec: ModelSpec
+    model: FluxTransformer
+    encoders: Encoders
+    step: int
+
+
+def load_run(folder: Path) -> TrainedRun:
+    """The exported weights of a run with its encoders.
+
+    Raises:
+        ValueError: not the folder of a finished run.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a finished run, such as outputs/tiny")
+    config = load_config([f"--job.config_file={folder / CONFIG_FILE}"])
+    spec, device = SPECS[config.model.flavor], build_device()
+    tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
+    model = build_model(config, spec, device)
+    metadata = load_export(folder / EXPORT_FOLDER / EXPORT_FILE, model, spec.name)
+    return TrainedRun(
+        config, spec, model.eval(), build_encoders(config, spec, tokenizer, device), int(metadata["step"])
+    )
+
+
 def _seed(config: JobConfig) -> int:
     assert config.debug.seed is not None, "main() draws a seed where the configuration has none"
     return config.debug.seed
@@ -163,7 +192,7 @@ class FluxTrainer:
         tokens = (training.img_size // PIXELS_PER_TOKEN) ** 2
         self.flops_per_sample = training_flops(self.spec.transformer, tokens, config.encoder.max_t5_encoding_len)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        cost = f"{self.flops_per_sample / 1e12:.4g} TFLOP per training sample"
+        cost = f"{_with_unit(self.flops_per_sample)}FLOP per training sample"
         log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {_name(self.dtype)}")
 
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
@@ -184,19 +213,23 @@ class FluxTrainer:
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         log_stage(6, STAGES, "run", f"{folder}, new; {plan}")
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Computes in self.dtype where the weights are kept in another."""
-        mixed = DTYPES[self.config.training.dtype] != self.dtype
-        return torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
+    def predict(self, **inputs: Tensor | None) -> Tensor:
+        """The transformer's velocity, computed in self.dtype.
+
+        Weights kept in another dtype are rounded for the pass, and their gradients come back in their own: the mixed
+        precision of FSDP, without autocast's list of exceptions.
+        """
+        if DTYPES[self.config.training.dtype] == self.dtype:
+            return self.model(**inputs)
+        rounded = {name: weight.to(self.dtype) for name, weight in self.model.named_parameters()}
+        return functional_call(self.model, rounded, kwargs=inputs)
 
     def squared_error(self, raw: RawBatch) -> Tensor:
         """Batch -> sum of squared errors of the predicted velocity. Training and validation share these lines."""
         raw = raw.to(self.device)
         encoded = self.encoders.encode(raw)
         inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
-        with self.autocast():
-            velocity_BTC = self.model(**inputs)
-        return squared_error_sum(velocity_BTC, target_BTC)
+        return squared_error_sum(self.predict(**inputs), target_BTC)
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
         """Gradients of one update, and its loss.
@@ -270,23 +303,21 @@ class FluxTrainer:
     def draw_grid(self) -> str:
         """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right."""
         validation, side = self.config.validation, self.config.training.img_size
-        with self.autocast():
-            pixels_BCHW = draw_pictures(
-                self.model,
-                self.spec,
-                self.encoders,
-                self.prompts,
-                seeds=list(range(len(self.prompts))),
-                height=side,
-                width=side,
-                steps=validation.denoising_steps,
-                guidance=self.config.training.guidance,
-                cfg_scale=validation.classifier_free_guidance_scale
-                if validation.enable_classifier_free_guidance
-                else 1.0,
-                batch_size=validation.local_batch_size,
-                dtype=self.dtype,
-            )
+        scale = validation.classifier_free_guidance_scale if validation.enable_classifier_free_guidance else 1.0
+        pixels_BCHW = draw_pictures(
+            self.predict,
+            self.spec,
+            self.encoders,
+            self.prompts,
+            seeds=list(range(len(self.prompts))),
+            height=side,
+            width=side,
+            steps=validation.denoising_steps,
+            guidance=self.config.training.guidance,
+            cfg_scale=scale,
+            batch_size=validation.local_batch_size,
+            dtype=self.dtype,
+        )
         images = make_images(pixels_BCHW)
         path = self.folder / validation.save_img_folder / f"step-{self.step:06d}.png"
         save_grid(images, path)
@@ -312,6 +343,11 @@ class FluxTrainer:
         return values
 
 
+def _with_unit(number: float) -> str:
+    unit, size = next(((unit, size) for unit, size in (("T", 1e12), ("G", 1e9)) if number >= size), ("M", 1e6))
+    return f"{number / size:.3g} {unit}"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -328,6 +364,8 @@ def main(argv: list[str]) -> None:
         if end.folder != Path(config.job.dump_folder):
             log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
         save_config(config, end.folder / CONFIG_FILE)
+        if config.job.print_config:
+            log.info("%s", format_config(config))
         trainer = FluxTrainer(config, end.folder)
         try:
             trainer.train()

@@ -35,9 +35,8 @@ def help_text() -> str:
 
 def _describe(key: Key) -> str:
     kind = "" if key.choices else _KINDS[key.kind]
-    rule = "" if key.rule == "not empty" else key.rule
     default = "not set" if key.default is None else show(key.default)
-    facts = f"{', '.join(filter(None, [kind, rule]))}; default: {default}"
+    facts = f"{', '.join(filter(None, [kind, key.rule]))}; default: {default}"
     lines = [
         f"  --{key.name}",
         textwrap.fill(key.help, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6),

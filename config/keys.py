@@ -68,11 +68,7 @@ class Key:
         """The allowed values in words, empty when the kind says all."""
         if self.choices:
             return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]] if self.choices[1:] else self.choices)
-        if self.interval is None:
-            return ""
-        if self.kind is str:
-            return "not empty"
-        return str(self.interval)
+        return "" if self.interval is None or self.kind is str else str(self.interval)
 
     def from_text(self, text: str) -> Any:
         """A command line value in the key's kind; text that does not fit comes back as it is and fails in `checked`."""

@@ -162,8 +162,11 @@ def load_clip(
 def _load(kind: _Kind, folder: Path, transformer: TransformerConfig, dtype: torch.dtype, device: torch.device | str):
     config = _read_config(kind, folder)
     _check_width(kind, folder, config, transformer)
-    with torch.device("meta"):
-        model = kind.model_class(config).to(dtype)
+    try:
+        with torch.device("meta"):
+            model = kind.model_class(config).to(dtype)
+    except Exception as error:  # such as an activation that the library does not know
+        raise _invalid_config(kind, folder, error) from error
     _tie(model)
     with ExitStack() as stack:
         sources = _open_weights(kind, folder, stack)
@@ -196,9 +199,14 @@ def _read_config(kind: _Kind, folder: Path) -> PreTrainedConfig:
     try:
         return kind.config_class.from_dict(values.get("text_config", values))
     except Exception as error:  # whatever the library's validation raises
-        raise ValueError(
-            f"{kind.key}: {file} must be a valid configuration ({type(error).__name__}): fetch the encoder again"
-        ) from error
+        raise _invalid_config(kind, folder, error) from error
+
+
+def _invalid_config(kind: _Kind, folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{kind.key}: {folder / 'config.json'} must be the configuration of a {kind.model_class.__name__} "
+        f"and has a value that does not work ({type(error).__name__}): fetch the encoder again"
+    )
 
 
 def _check_width(kind: _Kind, folder: Path, config: PreTrainedConfig, transformer: TransformerConfig) -> None:
@@ -282,12 +290,12 @@ def _weight_files(kind: _Kind, folder: Path) -> list[Path]:
 def _check_weights(kind: _Kind, folder: Path, model: nn.Module, sources: dict[str, _Source]) -> None:
     wanted = {name.removeprefix(kind.prefix): tuple(value.shape) for name, value in model.named_parameters()}
     for names, rule in (
-        (wanted.keys() - sources.keys(), "lacks"),
-        (sources.keys() - wanted.keys(), f"must hold nothing but a {kind.model_class.__name__} and has also"),
+        (wanted.keys() - sources.keys(), "lack"),
+        (sources.keys() - wanted.keys(), f"must hold only a {kind.model_class.__name__} and hold also"),
     ):
         if names:
             raise ValueError(
-                f"{kind.key}: the weights in {folder} {rule} {_some(names)}: "
+                f"{kind.key}: the safetensors files in {folder} {rule} {_some(names)}: "
                 f"use the files that belong to its config.json, or the known name {kind.remedy}"
             )
     for name, shape in wanted.items():

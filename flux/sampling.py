@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux.batch import TextCond
 from flux.codec import draw_noise
@@ -29,7 +29,7 @@ def _concat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def denoise(
-    model: nn.Module,
+    predict: Callable[..., Tensor],
     spec: ModelSpec,
     noise_BTC: Tensor,
     grid: tuple[int, int],
@@ -45,7 +45,7 @@ def denoise(
     """Integrates the flow from noise (t = 1) to latents (t = 0) in `steps` Euler steps.
 
     Args:
-        model: the transformer.
+        predict: the transformer, or anything called like it.
         spec: its flavor.
         noise_BTC: initial noise, fp32, on the model's device; x is kept in fp32.
         grid: (rows, columns) of image tokens.
@@ -74,7 +74,7 @@ def denoise(
     for step in range(steps):
         model_x_BTC = torch.cat([x_BTC, x_BTC]) if guided else x_BTC
         t_B = times[step].expand(model_x_BTC.shape[0])
-        velocity_BTC = model(**make_model_inputs(model_x_BTC, t_B, text, grid, spec, guidance, dtype)).float()
+        velocity_BTC = predict(**make_model_inputs(model_x_BTC, t_B, text, grid, spec, guidance, dtype)).float()
         if guided:
             prompted_BTC, empty_BTC = velocity_BTC.chunk(2)
             velocity_BTC = empty_BTC + cfg_scale * (prompted_BTC - empty_BTC)
@@ -86,7 +86,7 @@ def denoise(
 
 @torch.no_grad()
 def draw_pictures(
-    model: nn.Module,
+    predict: Callable[..., Tensor],
     spec: ModelSpec,
     encoders: Encoders,
     prompts: list[str],
@@ -114,7 +114,7 @@ def draw_pictures(
         batch_prompts = prompts[start : start + batch_size]
         noise_BTC = make_initial_noise(seeds[start : start + batch_size], spec, height, width)
         latents_BTC = denoise(
-            model,
+            predict,
             spec,
             noise_BTC.to(encoders.device),
             grid,

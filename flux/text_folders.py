@@ -29,7 +29,7 @@ TINY_T5 = TextFolders(ASSETS / "tiny" / "t5", ASSETS / "tiny" / "t5")
 TINY_CLIP = TextFolders(ASSETS / "tiny" / "clip", ASSETS / "tiny" / "clip")
 
 
-def download_folder(repository: str, root: Path = DOWNLOADS) -> Path:
+def download_folder(repository: str, root: Path) -> Path:
     """The folder under `root` that `scripts.download_assets` fills from a repository of the Hugging Face hub."""
     return root / repository.rpartition("/")[2]
 
@@ -41,7 +41,7 @@ def resolve_t5(name: str) -> TextFolders:
         ValueError: nothing is there, with the command that downloads it for the known name.
     """
     if name == T5_NAME:
-        downloads = [download_folder(repository) for repository in FLUX_REPOSITORIES]
+        downloads = [download_folder(repository, DOWNLOADS) for repository in FLUX_REPOSITORIES]
         folder = next((folder for folder in downloads if (folder / "text_encoder_2").is_dir()), downloads[0])
         return _downloaded("encoder.t5_encoder", name, folder / "text_encoder_2", folder / "tokenizer_2", "t5")
     return _plain_folder("encoder.t5_encoder", name, T5_NAME, "tokenizer_2", T5_TOKENIZER_FILES)
@@ -54,7 +54,7 @@ def resolve_clip(name: str) -> TextFolders:
         ValueError: nothing is there, with the command that downloads it for the known name.
     """
     if name == CLIP_NAME:
-        folder = download_folder(CLIP_NAME)
+        folder = download_folder(CLIP_NAME, DOWNLOADS)
         return _downloaded("encoder.clip_encoder", name, folder, folder, "clip")
     return _plain_folder("encoder.clip_encoder", name, CLIP_NAME, "tokenizer", CLIP_TOKENIZER_FILES)
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+# Whose lines are told; a library's are not.
+LOGGERS = ("__main__", "train", "config", "flux", "parallel", "checkpoint", "training", "runtime")
+
 log = logging.getLogger(__name__)
 
 
@@ -39,8 +42,8 @@ def setup_logging(rank: int) -> None:
     handler = _StderrHandler()
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for room in ("__main__", "train", "config", "flux", "parallel", "checkpoint", "training", "runtime"):
-        logging.getLogger(room).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def log_stage(number: int, total: int, name: str, text: str) -> None:

@@ -5,6 +5,7 @@
 Exit code 0: valid, with a summary. 2: not valid; every error is listed on stderr.
 """
 
+import signal
 import sys
 
 from config.help import help_text
@@ -55,4 +56,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
     sys.exit(main(sys.argv[1:]))

@@ -249,10 +249,10 @@ def save_encoder(model: PreTrainedModel, folder: Path, prefix: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Makes the tiny T5 and CLIP that the default run uses.")
     parser.add_argument("--out", type=Path, default=ASSETS / "tiny", help="folder of t5/ and clip/ (assets/tiny)")
-    out: Path = parser.parse_args().out
+    out: Path = parser.parse_args(arguments).out
     widths = SPECS["flux-tiny"].transformer
     assert widths.pooled_dim is not None
     for name in ("t5", "clip"):

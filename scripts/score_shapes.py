@@ -1,6 +1,8 @@
-"""Draws the held-out captions of the shapes data set with a trained run and measures the pictures from their pixels.
+"""Draws held-out captions of the shapes data set with a trained run and measures the pictures from their pixels.
 
-python -m scripts.score_shapes --checkpoint outputs/tiny
+    python -m scripts.score_shapes --checkpoint outputs/tiny
+
+The shares are printed and added to the run's metrics.jsonl.
 """
 
 import argparse
@@ -10,23 +12,24 @@ from pathlib import Path
 from flux.data.shape_score import score_pictures
 from flux.data.shapes import HELD_OUT_SCENES
 from flux.pictures import make_images, save_grid
+from flux.sampling import draw_pictures
 from runtime.exit_record import recorded_exit
-from scripts.sample import load_sampler
-from train import EXIT_CODES
+from train import EXIT_CODES, load_run
 from training.config import Metrics
 from training.metrics import MetricsLogger
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a finished run")
-    parser.add_argument(
-        "--count", type=int, default=64, help=f"held-out captions, 1 to {len(HELD_OUT_SCENES)} (default 64)"
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.score_shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the first picture; the others count up (default 0)"
-    )
-    parser.add_argument("--out", type=Path, help="write the grid there as a PNG")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="folder of a finished run")
+    add("--count", type=int, default=64, help=f"held-out captions, 1 to {len(HELD_OUT_SCENES)} (%(default)s)")
+    add("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
+    add("--steps", type=int, help="Euler steps (the flavor's)")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is off (the flavor's)")
+    add("--out", type=Path, metavar="FILE", help="also write the pictures there as one PNG")
     return parser
 
 
@@ -35,13 +38,28 @@ def main(argv: list[str]) -> None:
     if not 1 <= arguments.count <= len(HELD_OUT_SCENES):
         raise ValueError(f"--count={arguments.count} must be from 1 to {len(HELD_OUT_SCENES)}")
     captions = [scene.caption for scene in HELD_OUT_SCENES[: arguments.count]]
-    sampler = load_sampler(arguments.checkpoint)
-    images = make_images(sampler.draw(captions, [arguments.seed + number for number in range(len(captions))]))
+    run = load_run(arguments.checkpoint)
+    defaults, side = run.spec.sample, run.config.training.img_size
+    pixels_BCHW = draw_pictures(
+        run.model,
+        run.spec,
+        run.encoders,
+        captions,
+        seeds=[arguments.seed + number for number in range(len(captions))],
+        height=side,
+        width=side,
+        steps=arguments.steps or defaults.steps,
+        guidance=run.config.training.guidance,
+        cfg_scale=defaults.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
+        batch_size=32,
+        dtype=next(run.model.parameters()).dtype,
+    )
+    images = make_images(pixels_BCHW)
     scores = score_pictures(images, captions)
     for name, score in scores.items():
-        print(f"{name:27s} {score:6.1%}")
+        print(f"{name:25s} {score:6.1%}")
     metrics = MetricsLogger(arguments.checkpoint, Metrics(), {})
-    metrics.log(sampler.step, scores)
+    metrics.log(run.step, scores)
     metrics.close()
     if arguments.out:
         save_grid(images, arguments.out)

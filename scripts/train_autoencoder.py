@@ -140,12 +140,12 @@ def make_batches(seed: int, batch_size: int, crops: int) -> Iterator[Tensor]:
         yield pixels_BCHW
 
 
-def make_held_out_shapes(count: int = EVALUATION_PICTURES) -> Tensor:
+def make_held_out_shapes(count: int) -> Tensor:
     shapes = ShapesSource(split="validation", img_size=SIDE)
     return torch.stack([to_pixels_CHW(shapes[i].image) for i in range(count)])
 
 
-def make_held_out_textures(seed: int, count: int = EVALUATION_PICTURES) -> Tensor:
+def make_held_out_textures(seed: int, count: int) -> Tensor:
     return torch.stack([to_pixels_CHW(draw_texture(np.random.default_rng((seed, i, 1)))) for i in range(count)])
 
 
@@ -262,7 +262,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1 or args.batch_size < 2:
         parser.error(f"--steps={args.steps} must be 1 or more and --batch_size={args.batch_size} 2 or more")
-    held_out = {"shapes": make_held_out_shapes(), "textures": make_held_out_textures(seed=args.seed)}
+    held_out = {
+        "shapes": make_held_out_shapes(EVALUATION_PICTURES),
+        "textures": make_held_out_textures(args.seed, EVALUATION_PICTURES),
+    }
     if args.photographs is not None:
         try:
             for side in (SIDE, 4 * SIDE):

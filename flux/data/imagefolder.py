@@ -133,11 +133,16 @@ def _load_metadata(path: Path) -> dict[str, str]:
             raise DataError(
                 f'{path}:{number}: each line must be {{"file_name": "cat.jpg", "text": "a cat"}} ({error!r})'
             ) from error
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise DataError(f"{path}:{number}: file_name and text must be strings")
+        if not isinstance(name, str) or not isinstance(caption, str) or not _is_unicode(name + caption):
+            raise DataError(f"{path}:{number}: file_name and text must be strings of whole Unicode characters")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{path}:{number}: file_name={name!r} must stay inside the folder")
         if not name.lower().endswith(SUFFIXES):
             raise DataError(f"{path}:{number}: file_name={name!r} must end in {', '.join(SUFFIXES)}")
         captions[name] = caption
     return captions
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the halves of characters that JSON's escapes can spell."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

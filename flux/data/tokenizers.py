@@ -34,8 +34,8 @@ class FluxTokenizer:
     """
 
     def __init__(self, t5_folder: Path | str, clip_folder: Path | str, max_t5_length: int):
-        t5 = _load("encoder.t5_encoder", T5Tokenizer, Path(t5_folder), T5_TOKENIZER_FILES)
-        clip = _load("encoder.clip_encoder", CLIPTokenizer, Path(clip_folder), CLIP_TOKENIZER_FILES)
+        t5 = _load("encoder.t5_encoder", T5Tokenizer, "\u2581", Path(t5_folder), T5_TOKENIZER_FILES)
+        clip = _load("encoder.clip_encoder", CLIPTokenizer, "a</w>", Path(clip_folder), CLIP_TOKENIZER_FILES)
         self._t5 = _padded(t5, max_t5_length)
         self._clip = _padded(clip, CLIP_LENGTH)
         self.vocabulary_sizes = {"t5": len(t5), "clip": len(clip)}
@@ -62,20 +62,29 @@ def build_tokenizer(encoder: Encoder, test_mode: bool) -> FluxTokenizer:
 
 
 def _load(
-    key: str, kind: type[PreTrainedTokenizerBase], folder: Path, alternatives: tuple[tuple[str, ...], ...]
+    key: str,
+    kind: type[PreTrainedTokenizerBase],
+    piece: str,
+    folder: Path,
+    alternatives: tuple[tuple[str, ...], ...],
 ) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer. Its vocabulary must hold `piece`: the library takes some foreign files without a word."""
     needed = " or ".join(" and ".join(files) for files in alternatives)
     if not holds_any(folder, alternatives):
         raise ValueError(
             f"{key}: the tokenizer folder {folder} must hold {needed}: copy them there or correct the path"
         )
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the library trips over in a broken file
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+        foreign = tokenizer.backend_tokenizer.token_to_id(piece) is None
+    except Exception:  # whatever the library trips over in a broken file
+        foreign = True
+    if foreign:
         raise ValueError(
-            f"{key}: {folder} holds no tokenizer that {kind.__name__} can read ({type(error).__name__}): "
-            f"{needed} must be those of the encoder; fetch them again"
-        ) from error
+            f"{key}: {folder} must hold a tokenizer that {kind.__name__} can read and does not: "
+            f"fetch {needed} of that encoder again or correct the path"
+        )
+    return tokenizer
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, length: int) -> Tokenizer:

@@ -186,7 +186,16 @@ def test_a_file_that_cannot_be_read_hides_no_other_error(tmp_path):
 @pytest.mark.parametrize("token", [HUB_TOKEN, WANDB_KEY, f"https://user:{HUB_TOKEN}@huggingface.co/x"])
 def test_access_tokens_are_refused_and_never_shown(run_file, token, capsys):
     file = run_file(f"[training]\ndataset_path = '{token}'\n[{token.partition(':')[0]}]\nx = '{'y' * 60} {token}'\n")
-    argv = ["--job.config_file", file, "--model.converters", f"a,{token}", f"--{token}", "1", token, f"--a.b={token}"]
+    argv = [
+        "--job.config_file",
+        file,
+        "--model.converters",
+        f"a,{token}",
+        f"--{token}",
+        "1",
+        f"--a.b={token}",
+        f"{'y' * 50} {token}",
+    ]
     with pytest.raises(ConfigError) as caught:
         load_config(argv)
     output = capsys.readouterr()

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from runtime.log import StepLog, log_stage, setup_logging
+from runtime.log import LOGGERS, StepLog, log_stage, setup_logging
 
 VALUES = {
     "loss": 0.62134,
@@ -23,10 +23,11 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def logging_as_before():
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *map(logging.getLogger, LOGGERS))}
     yield
     root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, level in levels.items():
+        logger.setLevel(level)
 
 
 def test_start_up_lines_are_aligned(capsys):

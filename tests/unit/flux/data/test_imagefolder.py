@@ -64,6 +64,10 @@ CHANGES = {
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": 3}'),
         "strings",
     ),
+    "metadata with half a character": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x\\ud800"}'),
+        "whole Unicode",
+    ),
     "metadata outside": (
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "../a.jpg", "text": "x"}'),
         "inside",

@@ -1,0 +1,23 @@
+"""Short real runs of train.py, in this process."""
+
+import pytest
+
+from tests.integration.short_runs import TINY, Run
+from train import main
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    """train("--section.key=value", ...) trains flux-tiny for a few steps and returns the Run."""
+
+    def run(*overrides: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        main([*TINY, f"--job.dump_folder={folder}", *overrides])
+        return Run(folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_run(train) -> Run:
+    return train()

@@ -1,0 +1,153 @@
+"""What a user can get wrong: one message with key, value, rule and remedy, the right exit code, no traceback."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scripts import sample
+from tests.integration.short_runs import TINY
+from train import EXIT_CODES, main, recorded_exit
+
+AUTOENCODER = "assets/tiny/autoencoder.safetensors"
+
+
+def fail(capfd, tmp_path, *overrides: str) -> tuple[int, str]:
+    """Runs train.py; its exit code and what it said on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([*TINY, f"--job.dump_folder={tmp_path / 'run'}", *overrides])
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    if (tmp_path / "run").exists():
+        record = json.loads((tmp_path / "run" / "exit.json").read_text())
+        assert record["code"] == caught.value.code and record["reason"] in said
+    return caught.value.code, said
+
+
+def spoiled_autoencoder(tmp_path, kind: str) -> str:
+    path = tmp_path / "autoencoder.safetensors"
+    tensors = load_file(AUTOENCODER)
+    if kind == "missing":
+        return str(path)
+    if kind == "random":
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: torch.randn(value.shape, generator=generator) * 0.1 for name, value in tensors.items()}
+    if kind == "other channels":
+        tensors["encoder.conv_out.weight"] = tensors["encoder.conv_out.weight"][:16].contiguous()
+        tensors["encoder.conv_out.bias"] = tensors["encoder.conv_out.bias"][:16].contiguous()
+        tensors["decoder.conv_in.weight"] = tensors["decoder.conv_in.weight"][:, :8].contiguous()
+    save_file(tensors, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "random", "other channels", "truncated"])
+def test_wrong_autoencoders(capfd, tmp_path, kind):
+    path = spoiled_autoencoder(tmp_path, kind)
+    code, said = fail(capfd, tmp_path, f"--encoder.autoencoder_path={path}")
+    assert code == 2 and "encoder.autoencoder_path" in said and path in said, said
+
+
+def test_encoder_folder_of_another_architecture(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--encoder.t5_encoder=assets/tiny/clip")
+    assert code == 2 and "encoder.t5_encoder" in said and "assets/tiny/clip" in said, said
+
+
+def test_encoder_that_is_not_downloaded(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--encoder.t5_encoder=google/t5-v1_1-xxl")
+    assert code == 2 and "python -m scripts.download_assets" in said, said
+
+
+def test_missing_weight_file(capfd, tmp_path):
+    shutil.copytree("assets/tiny/t5", tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    code, said = fail(capfd, tmp_path, f"--encoder.t5_encoder={tmp_path / 't5'}")
+    assert code == 2 and "encoder.t5_encoder" in said and "model.safetensors" in said, said
+
+
+def test_picture_size_that_is_no_multiple_of_16(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--training.img_size=100")
+    assert code == 2 and "training.img_size=100 must be a multiple of 16: use 96 or 112" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def picture_folder(tmp_path, count: int):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 50), (number * 9, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+FOLDERS = {
+    "no folder": (lambda folder: shutil.rmtree(folder), "is not a folder"),
+    "no pictures": (lambda folder: [path.unlink() for path in folder.iterdir()], "has no pictures"),
+    "empty caption": (lambda folder: [path.write_text("") for path in folder.glob("*.txt")], "the caption is empty"),
+    "not an image": (lambda folder: [path.write_text("x") for path in folder.glob("*.png")], "does not decode"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_faulty_picture_folders_end_with_the_data_code(capfd, tmp_path, kind, workers):
+    change, message = FOLDERS[kind]
+    folder = picture_folder(tmp_path, 24)
+    change(folder)
+    data = ["--training.dataset=imagefolder", f"--training.dataset_path={folder}", "--validation.enable=false"]
+    code, said = fail(capfd, tmp_path, *data, f"--training.dataloader.num_workers={workers}")
+    assert code == 3 and message in said and str(folder) in said, said
+
+
+def test_later_data_sets_are_refused_by_a_run(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--training.dataset=cc12m-wds")
+    assert code == 2 and "training.dataset='cc12m-wds'" in said, said
+
+
+def test_several_processes_are_refused(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, said = fail(capfd, tmp_path)
+    assert code == 2 and "WORLD_SIZE=8" in said and "NGPU=1" in said, said
+
+
+def test_faulty_prompt_file(capfd, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    code, said = fail(capfd, tmp_path, f"--validation.prompts_path={tmp_path / 'prompts.txt'}")
+    assert code == 2 and "validation.prompts_path" in said and "has no prompts" in said, said
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--checkpoint=nowhere"], "nowhere has no config.toml"),
+        (["--checkpoint=nowhere", "--height=100"], "--height=100 must be a positive multiple of 16: use 96"),
+        (["--checkpoint=nowhere", "--steps=0"], "--steps=0 must be at least 1"),
+        (["--checkpoint=nowhere", "--seed=-1"], "--seed=-1 must be"),
+    ],
+)
+def test_sampling(capfd, arguments, message):
+    with pytest.raises(SystemExit) as caught, recorded_exit(0, EXIT_CODES):
+        sample.main([*arguments, "--prompts", "a red circle"])
+    said = capfd.readouterr().err
+    assert caught.value.code == 2 and message in said and "Traceback" not in said
+
+
+def test_photographs_with_the_tiny_autoencoder_warn_once(capfd, tmp_path):
+    folder = picture_folder(tmp_path, 24)
+    main(
+        [
+            *TINY,
+            f"--job.dump_folder={tmp_path / 'run'}",
+            "--training.dataset=imagefolder",
+            f"--training.dataset_path={folder}",
+            "--training.steps=2",
+        ]
+    )
+    said = capfd.readouterr().err
+    assert said.count("warning: the tiny autoencoder blurs photographs") == 1
+    assert (tmp_path / "run" / "img" / "step-000002.png").exists()

@@ -1,0 +1,174 @@
+"""Whole runs on the CPU: what they write, and what must not change their numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from config.parse import load_config
+from flux.batch import RawBatch
+from flux.data.tokenizers import build_tokenizer
+from flux.spec import SPECS
+from tests.integration.short_runs import TINY, Run
+from train import FluxTrainer, build_encoders, build_training_loader, main
+
+ACCUMULATION_TOLERANCE = 1e-6  # relative; fp32 sums in another order
+ENCODER_TOLERANCE = 1e-5  # fp32 matrix products block their sums differently at other batch sizes
+BF16_TOLERANCE = 0.02  # relative; three significant digits, averaged over thousands of elements
+
+
+def test_a_run_leaves_everything_behind(plain_run):
+    names = {path.relative_to(plain_run.folder).as_posix() for path in plain_run.folder.rglob("*") if path.is_file()}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "exit.json",
+        "loss.png",
+        "img/step-000004.png",
+        "export/transformer.safetensors",
+    }
+    assert plain_run.exit == {"code": 0, "reason": "done", "step": 4, "rank": 0}
+    assert Image.open(plain_run.folder / "img/step-000004.png").size == (70, 70)
+
+
+def test_logged_steps_carry_their_figures(plain_run):
+    steps = [line for line in plain_run.lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["samples_seen"] for line in steps] == [8, 16, 24, 32]
+    assert [line["lr"] for line in steps][:2] == [0.0005, 0.001]
+    for name in ("grad_norm", "samples_per_s", "data_wait_percent", "memory_gib", "tflops"):
+        assert all(line[name] > 0 for line in steps), name
+    assert len(plain_run.series("validation_loss")) == 1
+    assert 0 <= plain_run.series("background_color_accuracy")[0] <= 1
+
+
+def test_a_fresh_model_predicts_nothing(plain_run):
+    """Zero-initialized output: the first loss is the mean square of noise - latents, about 1 + the latents' own."""
+    assert 1.5 < plain_run.series("loss")[0] < 2.6
+
+
+def test_the_written_configuration_reproduces_the_run(plain_run, tmp_path):
+    main([f"--job.config_file={plain_run.folder / 'config.toml'}", f"--job.dump_folder={tmp_path / 'again'}"])
+    again = Run(tmp_path / "again")
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert again.series(name) == plain_run.series(name)
+    ours, theirs = (load_file(run.folder / "export/transformer.safetensors") for run in (plain_run, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_drawn_seed_is_written_down(tmp_path):
+    config = (tmp_path / "no_seed.toml", tmp_path / "first", tmp_path / "second")
+    text = Path("train_configs/flux_tiny.toml").read_text().replace("seed = 0", "")
+    config[0].write_text(text)
+    short = [option for option in TINY if "config_file" not in option] + ["--validation.enable=false"]
+    main([f"--job.config_file={config[0]}", f"--job.dump_folder={config[1]}", *short])
+    main([f"--job.config_file={config[1] / 'config.toml'}", f"--job.dump_folder={config[2]}"])
+    assert Run(config[1]).series("loss") == Run(config[2]).series("loss")
+
+
+def test_a_used_folder_is_left_alone(train, plain_run, capsys):
+    before = {path: path.read_bytes() for path in plain_run.folder.rglob("*") if path.is_file()}
+    main([*TINY, f"--job.dump_folder={plain_run.folder}", "--training.steps=1", "--validation.enable=false"])
+    assert before == {path: path.read_bytes() for path in plain_run.folder.rglob("*") if path.is_file()}
+    second = plain_run.folder.with_name(f"{plain_run.folder.name}-2")
+    assert Run(second).exit["code"] == 0
+    assert f"this run writes to {second}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["--training.dataloader.num_workers=1", "--validation.enable=false"])
+def test_workers_and_validation_do_not_touch_the_numbers(train, plain_run, override):
+    run = train(override)
+    assert run.series("loss") == plain_run.series("loss")
+    assert run.series("grad_norm") == plain_run.series("grad_norm")
+
+
+@pytest.mark.parametrize("local_batch_size", [4, 2])
+def test_accumulation_equals_the_large_batch(train, plain_run, local_batch_size):
+    run = train(f"--training.local_batch_size={local_batch_size}", "--training.global_batch_size=8")
+    for name in ("loss", "grad_norm"):
+        assert run.series(name) == pytest.approx(plain_run.series(name), rel=ACCUMULATION_TOLERANCE)
+
+
+def test_accumulation_control_another_batch_is_another_run(train, plain_run):
+    run = train("--training.local_batch_size=4")
+    assert run.series("loss") != pytest.approx(plain_run.series("loss"), rel=100 * ACCUMULATION_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        ["--training.mixed_precision_param=bfloat16"],
+        ["--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16"],
+    ],
+)
+def test_bf16_is_near_fp32_and_not_equal(train, plain_run, precision):
+    run = train(*precision, "--validation.enable=false")
+    assert run.series("loss") == pytest.approx(plain_run.series("loss"), rel=BF16_TOLERANCE)
+    assert run.series("loss") != plain_run.series("loss")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--training.timestep_distribution=logit_normal",
+        "--training.timestep_shift=resolution",
+        "--training.prompt_dropout=independent",
+        "--training.classifier_free_guidance_prob=0.9",
+        "--training.max_norm=0.01",
+        "--encoder.mask_padding",
+        "--encoder.sample_posterior=false",
+        "--encoder.max_t5_encoding_len=12",
+        "--encoder.dtype=bfloat16",
+        "--optimizer.lr=0.01",
+        "--lr_scheduler.warmup_steps=1",
+        "--debug.seed=1",
+    ],
+)
+def test_every_training_option_reaches_the_numbers(train, plain_run, override):
+    run = train(override, "--validation.enable=false")
+    assert run.series("loss") != plain_run.series("loss")
+
+
+def test_test_mode_trains_with_random_encoders(train):
+    run = train("--training.test_mode", "--training.steps=2", "--validation.enable=false")
+    assert len(run.series("loss")) == 2
+
+
+def load_batch(batch_size: int) -> tuple[RawBatch, object]:
+    config = load_config([*TINY, f"--training.local_batch_size={batch_size}"])
+    spec = SPECS["flux-tiny"]
+    tokenizer = build_tokenizer(config.encoder, False)
+    encoders = build_encoders(config, spec, tokenizer, torch.device("cpu"))
+    return next(iter(build_training_loader(config, spec, tokenizer, 0))), encoders
+
+
+def test_encoder_outputs_do_not_depend_on_the_batch_size():
+    (large, encoders), (small, _) = load_batch(8), load_batch(2)
+    ours, theirs = encoders.encode(large), encoders.encode(small)
+    for one, other in (
+        (ours.latents_BTC, theirs.latents_BTC),
+        (ours.text.txt_BLE, theirs.text.txt_BLE),
+        (ours.text.pooled_BV, theirs.text.pooled_BV),
+    ):
+        torch.testing.assert_close(one[:2], other, atol=ENCODER_TOLERANCE, rtol=ENCODER_TOLERANCE)
+        assert not one.requires_grad
+
+
+def test_training_and_validation_share_the_same_lines(tmp_path):
+    config = load_config([*TINY, f"--job.dump_folder={tmp_path}"])
+    trainer = FluxTrainer(config, tmp_path)
+    raw = next(iter(trainer.validation_loader))
+    first = trainer.validate()
+    assert trainer.validate() == first
+    assert trainer.squared_error(raw).item() > 0
+
+
+def test_interrupted_runs_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(FluxTrainer, "draw_grid", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as caught:
+        main([*TINY, f"--job.dump_folder={tmp_path / 'run'}"])
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert caught.value.code == record["code"] == 130 and record["step"] == 4
