@@ -121,10 +121,10 @@ def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer,
 def build_model(config: JobConfig, spec: ModelSpec, device: torch.device) -> FluxTransformer:
     """The transformer with freshly drawn weights, built without ever holding two copies."""
     with torch.device("meta"):
-        model = FluxTransformer(spec.transformer)
+        model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
     model = model.to_empty(device=device)
     init_weights(model, _seed(config))
-    return model.to(DTYPES[config.training.dtype])
+    return model
 
 
 class TrainedRun(NamedTuple):
@@ -147,12 +147,12 @@ def load_run(folder: Path) -> TrainedRun:
         raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a finished run, such as outputs/tiny")
     config = load_config([f"--job.config_file={folder / CONFIG_FILE}"])
     spec, device = SPECS[config.model.flavor], build_device()
-    tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
-    model = build_model(config, spec, device)
+    with torch.device("meta"):
+        model = FluxTransformer(spec.transformer)
     metadata = load_export(folder / EXPORT_FOLDER / EXPORT_FILE, model, spec.name)
-    return TrainedRun(
-        config, spec, model.eval(), build_encoders(config, spec, tokenizer, device), int(metadata["step"])
-    )
+    tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
+    encoders = build_encoders(config, spec, tokenizer, device)
+    return TrainedRun(config, spec, model.to(device).eval(), encoders, int(metadata["step"]))
 
 
 def _seed(config: JobConfig) -> int:

@@ -30,7 +30,7 @@ def save_export(folder: Path, state_dict: dict[str, Tensor], dtype: torch.dtype,
 
 
 def load_export(path: Path, model: nn.Module, flavor: str) -> dict[str, str]:
-    """Loads an export into a model, strictly.
+    """Gives a model the tensors of an export, strictly. The model may be on the meta device.
 
     Returns:
         The metadata of the file.
@@ -56,5 +56,5 @@ def load_export(path: Path, model: nn.Module, flavor: str) -> dict[str, str]:
         raise ValueError(
             f"{path} does not fit model.flavor={flavor!r}: {len(wrong)} names or shapes differ, such as {wrong[0]!r}"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
     return metadata

@@ -41,6 +41,10 @@ class FluxTransformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         D, bias = config.hidden_size, config.bias
+        if D % config.num_heads or sum(config.axes_dim) != config.head_dim:
+            raise ValueError(
+                f"axes_dim={config.axes_dim} must add up to hidden_size={D} divided by num_heads={config.num_heads}"
+            )
         self.config = config
         self.img_in = nn.Linear(config.in_channels, D, bias=bias)
         self.txt_norm = nn.RMSNorm(config.context_dim, eps=_EPS) if config.context_norm else nn.Identity()
@@ -98,18 +102,14 @@ class FluxTransformer(nn.Module):
 
     def embed_conditions(self, t_B: Tensor, pooled_BV: Tensor | None, guidance_B: Tensor | None) -> Tensor:
         """All that is said about a sample as a whole, in one vector: vec_BD."""
-        for name, value, layer in (
-            ("pooled_BV", pooled_BV, self.vector_in),
-            ("guidance_B", guidance_B, self.guidance_in),
-        ):
+        given = (("pooled_BV", pooled_BV, self.vector_in), ("guidance_B", guidance_B, self.guidance_in))
+        for name, value, layer in given:
             if (value is None) != (layer is None):
-                raise ValueError(
-                    f"{name} is missing" if value is None else f"{name} is given, but the model has no use for it"
-                )
+                raise ValueError(f"{name} must {'be' if value is None else 'not be'} given to this flavor")
         vec_BD = self.time_in(time_features(t_B))
-        if self.guidance_in is not None:
+        if self.guidance_in is not None and guidance_B is not None:
             vec_BD = vec_BD + self.guidance_in(time_features(guidance_B))
-        if self.vector_in is not None:
+        if self.vector_in is not None and pooled_BV is not None:
             vec_BD = vec_BD + self.vector_in(pooled_BV)
         return vec_BD
 
@@ -127,16 +127,13 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         D, bias = config.hidden_size, config.bias
-        self.img_mod = None if config.shared_modulation else ModulationLinear(D, 2, bias)
-        self.img_norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
-        self.img_attn = Projections(config)
-        self.img_norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
-        self.img_mlp = make_mlp(config)
-        self.txt_mod = None if config.shared_modulation else ModulationLinear(D, 2, bias)
-        self.txt_norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
-        self.txt_attn = Projections(config)
-        self.txt_norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
-        self.txt_mlp = make_mlp(config)
+        if not config.shared_modulation:
+            self.img_mod = ModulationLinear(D, 2, bias)
+            self.txt_mod = ModulationLinear(D, 2, bias)
+        self.img_norm1, self.txt_norm1 = make_layer_norm(D), make_layer_norm(D)
+        self.img_attn, self.txt_attn = Projections(config), Projections(config)
+        self.img_norm2, self.txt_norm2 = make_layer_norm(D), make_layer_norm(D)
+        self.img_mlp, self.txt_mlp = make_mlp(config), make_mlp(config)
         self.attention = Attention()
 
     def forward(
@@ -169,16 +166,16 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        D, bias = config.hidden_size, config.bias
+        D, inner, bias = config.hidden_size, mlp_width(config), config.bias
         self.head_dim = config.head_dim
-        self.modulation = None if config.shared_modulation else ModulationLinear(D, 1, bias)
-        self.pre_norm = nn.LayerNorm(D, elementwise_affine=False, eps=_EPS)
-        inner, activation = mlp_width(config), make_activation(config)
-        self.widths = (3 * D, 2 * inner if config.swiglu else inner)
+        self.widths = (3 * D, 2 * inner if config.swiglu else inner)  # of linear1: qkv, MLP
+        if not config.shared_modulation:
+            self.modulation = ModulationLinear(D, 1, bias)
+        self.pre_norm = make_layer_norm(D)
         self.linear1 = nn.Linear(D, sum(self.widths), bias=bias)
-        self.linear2 = nn.Linear(D + inner, D, bias=bias)
         self.norm = QKNorm(config.head_dim)
-        self.mlp_act = activation
+        self.mlp_act = make_activation(config)
+        self.linear2 = nn.Linear(D + inner, D, bias=bias)
         self.attention = Attention()
 
     def forward(
@@ -204,7 +201,7 @@ class SingleBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int, bias: bool):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
+        self.norm_final = make_layer_norm(width)
         self.linear = nn.Linear(width, channels, bias=bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
 
@@ -219,7 +216,7 @@ class Attention(nn.Module):
     def forward(self, q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Returns attn_BSNK. mask_BS is bool, True = attend to this key."""
         dtype = v_BSNK.dtype
-        if v_BSNK.device.type == "cpu" and v_BSNK.shape[1] <= _SHORT:
+        if dtype is torch.bfloat16 and v_BSNK.device.type == "cpu" and v_BSNK.shape[1] <= _SHORT:
             q_BSNK, k_BSNK, v_BSNK = q_BSNK.float(), k_BSNK.float(), v_BSNK.float()
         attn_BNSK = F.scaled_dot_product_attention(
             q_BSNK.transpose(1, 2),
@@ -293,6 +290,10 @@ def mlp_width(config: TransformerConfig) -> int:
     return int(config.hidden_size * config.mlp_ratio)
 
 
+def make_layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
+
+
 def make_activation(config: TransformerConfig) -> nn.Module:
     return SwiGLU() if config.swiglu else nn.GELU(approximate="tanh")
 
@@ -357,7 +358,7 @@ def init_weights(model: FluxTransformer, seed: int) -> None:
         generator = keyed_generator(seed, "init", name, parameter.device)
         if name.endswith("norm.weight"):
             value.fill_(1.0)
-        elif name.endswith("bias") or "mod" in name or name.startswith("final_layer."):
+        elif name.endswith(".bias") or "_mod." in name or "modulation" in name or name.startswith("final_layer."):
             value.zero_()  # every block starts as the identity, and the first prediction is 0
         elif name.startswith(("time_in.", "vector_in.", "guidance_in.")):
             value.normal_(std=0.02, generator=generator)

@@ -66,10 +66,10 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
 
 
 def options(path: Path) -> set[str]:
-    """The names that a script's add_argument calls define."""
+    """The options that a script defines: `--names` that it hands to a call, whatever add_argument is called there."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    calls = [call for call in calls if ast.unparse(call.func).endswith(".add_argument")]
-    return {word.value for call in calls for word in call.args if isinstance(word, ast.Constant)}
+    words = [word.value for call in calls for word in call.args if isinstance(word, ast.Constant)]
+    return {word for word in words if isinstance(word, str) and word.startswith("--")}
 
 
 def documented() -> list[tuple[str, str]]:
