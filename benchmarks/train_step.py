@@ -154,41 +154,39 @@ def device_words(device: torch.device) -> str:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure and print; returns what `--json` writes."""
+    """Measures and prints; returns what `--json` writes."""
     device, dtype, spec = torch.device(args.device), getattr(torch, args.dtype), SPECS[args.flavor]
     image_tokens = (args.img_size // PIXELS_PER_TOKEN) ** 2
     flops = training_flops(spec.transformer, image_tokens, args.text_tokens)
     batch = make_batch(spec, args, device, dtype)
     native = build_native(spec, device, dtype)
     steps = {"this": native_step(native, batch)}
-    if args.against:
-        steps["diffusers"] = diffusers_step(build_diffusers(spec, native), batch)
-
     print(
         f"{args.flavor}, {sum(p.numel() for p in native.parameters()):,} parameters, {args.dtype}, torch "
         f"{torch.__version__}, {device_words(device)}\n"
-        f"batch {args.batch} x ({image_tokens} image + {args.text_tokens} text tokens), "
-        f"{flops / 1e12:.4g} TFLOP per training sample, {args.warmup} + {args.steps} steps"
+        f"batch {args.batch} x ({image_tokens} image + {args.text_tokens} text tokens), {flops / 1e12:.4g} TFLOP per "
+        f"training sample, median of {args.steps} steps after {args.warmup}"
     )
-    if args.against:
-        ours, theirs = (step().float() for step in steps.values())
-        difference = ((ours - theirs).norm() / theirs.norm()).item()
-        print(f"same prediction: relative difference {difference:.1e}")
-    seconds = measure(steps, args.steps, args.warmup, device)
-
     result: dict = {**vars(args), "torch": torch.__version__, "hardware": device_words(device)}
     result["tflop_per_sample"] = flops / 1e12
+    if args.against:
+        steps[args.against] = diffusers_step(build_diffusers(spec, native), batch)
+        ours, theirs = (step().float() for step in steps.values())
+        result["prediction_difference"] = ((ours - theirs).norm() / theirs.norm()).item()
+        print(f"same weights; predictions differ by {result['prediction_difference']:.1e} of their size")
+
+    seconds = measure(steps, args.steps, args.warmup, device)
     for name, times in seconds.items():
         median = statistics.median(times)
         rate = args.batch / median
         result[name] = {"seconds_per_step": median, "samples_per_s": rate, "tflop_per_s": rate * flops / 1e12}
-        print(f"{name:<10} {median:9.4f} s/step  {rate:9.2f} samples/s  {rate * flops / 1e12:8.3f} TFLOP/s")
+        print(f"{name:<10} {median:9.4f} s/step {rate:10.2f} samples/s {rate * flops / 1e12:9.3f} TFLOP/s")
     if args.against:
-        ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        result["time_ratio"] = middle
+        ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
+        result["time_ratio"] = statistics.median(ratios)
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         print(
-            f"this / {args.against}: {middle:.3f} of its time (median of pairs, half of them in {low:.3f} .. {high:.3f})"
+            f"this takes {result['time_ratio']:.3f} of its time (median of pairs; half are in {low:.3f} .. {high:.3f})"
         )
     return result
 

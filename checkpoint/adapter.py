@@ -28,23 +28,16 @@ class RuleLike(Protocol):
 def to_hf(state_dict: Mapping[str, Tensor], rules: Sequence[RuleLike]) -> dict[str, Tensor]:
     """Our layout -> the other one (Hugging Face diffusers, or whatever the rules describe).
 
-    Splits are views of the given tensors.
+    Tensors that are only renamed or split share their memory with the given ones, here and in `from_hf`.
 
     Raises:
-        ValueError: keys that no rule knows, or a fused tensor whose rows do not divide as its rule says.
+        ValueError: keys that no rule knows, or a fused tensor that does not divide as its rule says.
     """
     converted: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in state_dict.items():
-        for rule in rules:
-            if (names := _match(rule.native, key)) is not None:
-                others = [_fill(pattern, names) for pattern in rule.other]
-                parts = _split(_apply(rule.op, tensor), key, state_dict, len(others))
-                converted.update(zip(others, parts, strict=True))
-                break
-        else:
-            unknown.append(key)
-    _check_nothing_left(unknown)
+    for key, rule, names in _find_all(state_dict, [(rule.native, rule) for rule in rules]):
+        others = [_fill(pattern, names) for pattern in rule.other]
+        parts = _split(_apply(rule.op, state_dict[key]), key, state_dict, len(others))
+        converted.update(zip(others, parts, strict=True))
     return converted
 
 
@@ -54,38 +47,33 @@ def from_hf(state_dict: Mapping[str, Tensor], rules: Sequence[RuleLike]) -> dict
     Raises:
         ValueError: keys that no rule knows, or a fused tensor of which a part is missing.
     """
+    found = _find_all(state_dict, [(pattern, rule) for rule in rules for pattern in rule.other])
+    needed = {_fill(rule.native, names): (rule, names) for _, rule, names in found}
     converted: dict[str, Tensor] = {}
-    unknown, missing = [], []
-    for key in state_dict:
-        for rule in rules:
-            if (names := _match_any(rule.other, key)) is not None:
-                native = _fill(rule.native, names)
-                others = [_fill(pattern, names) for pattern in rule.other]
-                absent = [name for name in others if name not in state_dict]
-                missing += [name for name in absent if name not in missing]
-                if native not in converted and not absent:
-                    converted[native] = _apply(_INVERSE.get(rule.op, rule.op), _join([state_dict[n] for n in others]))
-                break
-        else:
-            unknown.append(key)
-    _check_nothing_left(unknown)
-    if missing:
-        raise ValueError(f"state dict lacks {_listed(missing)}: their other parts are there and cannot be joined alone")
+    for native, (rule, names) in needed.items():
+        others = [_fill(pattern, names) for pattern in rule.other]
+        if missing := [name for name in others if name not in state_dict]:
+            raise ValueError(f"{native} cannot be joined from its parts: state dict lacks {_listed(missing)}")
+        parts = [state_dict[name] for name in others]
+        converted[native] = _undo(rule.op, parts[0] if len(parts) == 1 else torch.cat(parts))
     return converted
 
 
-_INVERSE: dict[str | None, str] = {"linear": "conv"}  # "swap" is its own inverse
-
-
 def _apply(op: str | None, tensor: Tensor) -> Tensor:
-    if op == "swap":
-        upper, lower = tensor.chunk(2)
-        return torch.cat((lower, upper))
     if op == "linear":
         return tensor.flatten(1)
-    if op == "conv":
+    return _swap(tensor) if op == "swap" else tensor
+
+
+def _undo(op: str | None, tensor: Tensor) -> Tensor:
+    if op == "linear":
         return tensor[:, :, None, None]
-    return tensor
+    return _swap(tensor) if op == "swap" else tensor
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    upper, lower = tensor.chunk(2)
+    return torch.cat((lower, upper))
 
 
 def _split(tensor: Tensor, key: str, state_dict: Mapping[str, Tensor], parts: int) -> tuple[Tensor, ...]:
@@ -102,10 +90,6 @@ def _split(tensor: Tensor, key: str, state_dict: Mapping[str, Tensor], parts: in
     return tensor.split([width] * (parts - 1) + [last])
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 @cache
 def _regex(pattern: str) -> re.Pattern[str]:
     """`a.{i}.{leaf}` -> a regular expression with one group for each placeholder."""
@@ -117,25 +101,28 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(pieces))
 
 
-def _match(pattern: str, key: str) -> dict[str, str] | None:
-    found = _regex(pattern).fullmatch(key)
-    return found.groupdict() if found else None
-
-
-def _match_any(patterns: Iterable[str], key: str) -> dict[str, str] | None:
-    return next((names for pattern in patterns if (names := _match(pattern, key)) is not None), None)
-
-
-def _fill(pattern: str, names: Mapping[str, str]) -> str:
-    return pattern.format(**names)
-
-
-def _check_nothing_left(unknown: Sequence[str]) -> None:
+def _find_all(
+    keys: Iterable[str], patterns: Sequence[tuple[str, RuleLike]]
+) -> list[tuple[str, RuleLike, dict[str, str]]]:
+    """For each key its rule and what the placeholders stand for."""
+    found, unknown = [], []
+    for key in keys:
+        for pattern, rule in patterns:
+            if match := _regex(pattern).fullmatch(key):
+                found.append((key, rule, match.groupdict()))
+                break
+        else:
+            unknown.append(key)
     if unknown:
         raise ValueError(
             f"state dict has {len(unknown)} keys that no rule knows: {_listed(unknown)}; "
             "is this a checkpoint of another architecture?"
         )
+    return found
+
+
+def _fill(pattern: str, names: Mapping[str, str]) -> str:
+    return pattern.format(**names)
 
 
 def _listed(keys: Sequence[str], most: int = 5) -> str:

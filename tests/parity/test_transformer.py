@@ -39,6 +39,9 @@ FLUX2_DEV = TransformerConfig(
 FLUX2_KLEIN_4B = replace(
     FLUX2_DEV, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance_embed=False
 )
+FLUX2_KLEIN_9B = replace(
+    FLUX2_DEV, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance_embed=False
+)
 QWEN_IMAGE = TransformerConfig(context_dim=3584, pooled_dim=None, depth=60, depth_single=0, context_norm=True)
 
 
@@ -242,9 +245,6 @@ def test_forward_and_gradients(family):
     inputs = make_inputs(family)
     result = run(lambda given: ours(**given), inputs)
     expected = run(lambda given: family.call(other, given), inputs)
-    print(
-        distance(result, expected), distance(to_hf(parameter_gradients(ours), family.rules), parameter_gradients(other))
-    )
     assert distance(result, expected) < TOLERANCE
     assert distance(to_hf(parameter_gradients(ours), family.rules), parameter_gradients(other)) < TOLERANCE
 
@@ -295,7 +295,6 @@ def test_control_fault_shows(family, fault):
     faulty = {name: value.clone() for name, value in inputs.items()}
     fault(ours, faulty, family)
     result = run(lambda given: ours(**given), faulty)
-    print(distance({"": result["velocity"]}, {"": expected["velocity"]}))
     assert distance({"": result["velocity"]}, {"": expected["velocity"]}) > VISIBLE * TOLERANCE
     converted = to_hf(parameter_gradients(ours), family.rules)
     assert distance(converted, parameter_gradients(other)) > VISIBLE * TOLERANCE
@@ -307,6 +306,7 @@ FULL_SIZE = (
     ("flux-debug", SPECS["flux-debug"].transformer, FLUX1_DIFFUSERS_RULES, build_flux1, 258_286_144, 80, 108),
     ("flux2-dev", FLUX2_DEV, FLUX2_DIFFUSERS_RULES, build_flux2, 32_223_281_152, 299, 331),
     ("flux2-klein-4b", FLUX2_KLEIN_4B, FLUX2_DIFFUSERS_RULES, build_flux2, 3_875_544_576, 149, 169),
+    ("flux2-klein-9b", FLUX2_KLEIN_9B, FLUX2_DIFFUSERS_RULES, build_flux2, 9_078_581_248, 201, 233),
     ("qwen-image", QWEN_IMAGE, QWEN_DIFFUSERS_RULES, build_qwen, 20_430_401_088, 1453, 1933),
 )
 
