@@ -150,7 +150,7 @@ def measure(steps: dict[str, Step], rounds: int, warmup: int, device: torch.devi
 def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
+    return f"{torch.get_num_threads()} threads, {platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def run(args: argparse.Namespace) -> dict:

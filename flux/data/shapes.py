@@ -26,7 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 24),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, float] = {"small": 0.14, "": 0.20, "large": 0.28}  # radius as a share of the picture
+SIZES: dict[str, float] = {"small": 0.17, "": 0.22, "large": 0.28}  # radius as a share of the picture
 PLACES: dict[str, tuple[float, float]] = {
     "in the center": (0.50, 0.50),
     "at the top": (0.50, 0.28),
