@@ -7,6 +7,7 @@ benchmarks call them too.
 """
 
 import logging
+import math
 import os
 import secrets
 import sys
@@ -28,7 +29,14 @@ from flux.batch import RawBatch
 from flux.codec import LatentCodec
 from flux.conditioner import build_conditioner
 from flux.data.errors import DataError
-from flux.data.loader import Loader, PositionBatches, PositionedDataset, TrainingDraws, ValidationDraws
+from flux.data.loader import (
+    VALIDATION_TIMES,
+    Loader,
+    PositionBatches,
+    PositionedDataset,
+    TrainingDraws,
+    ValidationDraws,
+)
 from flux.data.shape_score import can_score, score_pictures
 from flux.data.sources import Split, build_source
 from flux.data.tokenizers import FluxTokenizer, build_tokenizer
@@ -53,7 +61,11 @@ from training.step_timer import StepTimer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("train")  # by name: run as a program, this module is called __main__
-EXIT_CODES = {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG}
+EXIT_CODES = {
+    DataError: exit_codes.DATA,
+    ValueError: exit_codes.CONFIG,
+    FloatingPointError: exit_codes.DIVERGED,
+}
 STAGES = 6
 CONFIG_FILE, EXPORT_FOLDER, LOSS_CURVE = "config.toml", "export", "loss.png"  # in the run folder
 
@@ -92,7 +104,7 @@ def build_validation_loader(config: JobConfig, spec: ModelSpec, tokenizer: FluxT
         source = build_source(name, validation.dataset_path, training.img_size, split, "validation")
     else:
         source = build_source(training.dataset, training.dataset_path, training.img_size, "validation", "training")
-    end = len(source)
+    end = max(len(source), VALIDATION_TIMES)  # a few pictures are shown at every time rather than each at one
     if validation.steps != -1:
         end = min(end, validation.steps * validation.local_batch_size)
     draws = ValidationDraws(seed=_seed(config), sample_posterior=config.encoder.sample_posterior)
@@ -152,7 +164,7 @@ def load_run(folder: Path) -> TrainedRun:
     metadata = load_export(folder / EXPORT_FOLDER / EXPORT_FILE, model, spec.name)
     tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
     encoders = build_encoders(config, spec, tokenizer, device)
-    return TrainedRun(config, spec, model.to(device).eval(), encoders, int(metadata["step"]))
+    return TrainedRun(config, spec, model.to(device).eval(), encoders, int(metadata.get("step", 0)))
 
 
 def _seed(config: JobConfig) -> int:
@@ -303,7 +315,6 @@ class FluxTrainer:
     def draw_grid(self) -> str:
         """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right."""
         validation, side = self.config.validation, self.config.training.img_size
-        scale = validation.classifier_free_guidance_scale if validation.enable_classifier_free_guidance else 1.0
         pixels_BCHW = draw_pictures(
             self.predict,
             self.spec,
@@ -314,7 +325,7 @@ class FluxTrainer:
             width=side,
             steps=validation.denoising_steps,
             guidance=self.config.training.guidance,
-            cfg_scale=scale,
+            cfg_scale=validation.cfg_scale,
             batch_size=validation.local_batch_size,
             dtype=self.dtype,
         )
@@ -340,6 +351,11 @@ class FluxTrainer:
         }
         values["tflops"] = values["samples_per_s"] * self.flops_per_sample / 1e12
         self.metrics.log(self.step, values)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {loss}: lower optimizer.lr={self.config.optimizer.lr:g} or"
+                f" training.max_norm={self.config.training.max_norm:g}, or warm up for longer"
+            )
         return values
 
 

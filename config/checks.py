@@ -31,6 +31,11 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
     ):
         if dataset == "shapes" and path is not None:
             yield f"{section}.dataset_path={show(path)} is not read: shapes draws its own pictures"
+    if validation.enable and training.dataset_path is not None and training.dataset_path == validation.dataset_path:
+        yield (
+            f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
+            "out: leave it out, and a part of the folder is"
+        )
     if training.guidance != 1.0 and not SPECS[config.model.flavor].transformer.guidance_embed:
         yield f"training.guidance={training.guidance:g} has no effect: {config.model.flavor} embeds no guidance"
     if validation.enable and validation.enable_classifier_free_guidance and not training.classifier_free_guidance_prob:

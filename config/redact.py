@@ -2,8 +2,9 @@
 
 import re
 
-# Hugging Face tokens, and 40 hexadecimal digits as Weights & Biases issues them.
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<![0-9A-Za-z])[0-9a-fA-F]{40}(?![0-9A-Za-z])")
+# Hugging Face tokens, and 40 hexadecimal digits as Weights & Biases issues
+# them; behind a slash they are the folder of a commit.
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<![0-9A-Za-z/])[0-9a-fA-F]{40}(?![0-9A-Za-z])")
 
 
 def has_token(value: object) -> bool:

@@ -116,3 +116,8 @@ class Validation:
         str | None, "text file with one prompt per line; not set: captions of the first held-out samples", "[1, inf)"
     ] = None
     dataloader: DataLoader = field(default_factory=DataLoader)
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale that pictures are drawn with; 1 is no guidance."""
+        return self.classifier_free_guidance_scale if self.enable_classifier_free_guidance else 1.0

@@ -130,10 +130,10 @@ class DoubleBlock(nn.Module):
         if not config.shared_modulation:
             self.img_mod = ModulationLinear(D, 2, bias)
             self.txt_mod = ModulationLinear(D, 2, bias)
-        self.img_norm1, self.txt_norm1 = make_layer_norm(D), make_layer_norm(D)
+        self.img_norm1, self.txt_norm1 = build_layer_norm(D), build_layer_norm(D)
         self.img_attn, self.txt_attn = Projections(config), Projections(config)
-        self.img_norm2, self.txt_norm2 = make_layer_norm(D), make_layer_norm(D)
-        self.img_mlp, self.txt_mlp = make_mlp(config), make_mlp(config)
+        self.img_norm2, self.txt_norm2 = build_layer_norm(D), build_layer_norm(D)
+        self.img_mlp, self.txt_mlp = build_mlp(config), build_mlp(config)
         self.attention = Attention()
 
     def forward(
@@ -171,10 +171,10 @@ class SingleBlock(nn.Module):
         self.widths = (3 * D, 2 * inner if config.swiglu else inner)  # of linear1: qkv, MLP
         if not config.shared_modulation:
             self.modulation = ModulationLinear(D, 1, bias)
-        self.pre_norm = make_layer_norm(D)
+        self.pre_norm = build_layer_norm(D)
         self.linear1 = nn.Linear(D, sum(self.widths), bias=bias)
         self.norm = QKNorm(config.head_dim)
-        self.mlp_act = make_activation(config)
+        self.mlp_act = build_activation(config)
         self.linear2 = nn.Linear(D + inner, D, bias=bias)
         self.attention = Attention()
 
@@ -201,7 +201,7 @@ class SingleBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width: int, channels: int, bias: bool):
         super().__init__()
-        self.norm_final = make_layer_norm(width)
+        self.norm_final = build_layer_norm(width)
         self.linear = nn.Linear(width, channels, bias=bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
 
@@ -290,19 +290,19 @@ def mlp_width(config: TransformerConfig) -> int:
     return int(config.hidden_size * config.mlp_ratio)
 
 
-def make_layer_norm(width: int) -> nn.LayerNorm:
+def build_layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
 
 
-def make_activation(config: TransformerConfig) -> nn.Module:
+def build_activation(config: TransformerConfig) -> nn.Module:
     return SwiGLU() if config.swiglu else nn.GELU(approximate="tanh")
 
 
-def make_mlp(config: TransformerConfig) -> nn.Sequential:
+def build_mlp(config: TransformerConfig) -> nn.Sequential:
     inner = mlp_width(config)
     return nn.Sequential(
         nn.Linear(config.hidden_size, 2 * inner if config.swiglu else inner, bias=config.bias),
-        make_activation(config),
+        build_activation(config),
         nn.Linear(inner, config.hidden_size, bias=config.bias),
     )
 

@@ -10,9 +10,11 @@ def load_prompts(path: str | Path, key: str) -> list[str]:
         ValueError: no such file, not UTF-8, no prompt in it; `key` is named in the message.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}={str(path)!r} cannot be read as UTF-8 text: {error}") from error
+        raise ValueError(
+            f"{key}={str(path)!r} cannot be read as UTF-8 text ({error}): give a file with one prompt per line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{key}={str(path)!r} has no prompts: write one per line")

@@ -62,15 +62,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class SampleDefaults:
-    """What `scripts.sample` uses when it is not told otherwise."""
-
-    steps: int = 50
-    cfg_scale: float = 1.0  # classifier-free guidance; 1: off, one forward pass per step instead of two
-    guidance: float = 1.0  # the value fed to models that embed it
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """One flavor: everything that differs between models, in one place."""
 
@@ -79,7 +70,6 @@ class ModelSpec:
     positions: PositionConfig = field(default_factory=PositionConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    sample: SampleDefaults = field(default_factory=SampleDefaults)
     diffusers_rules: tuple[Rule, ...] = FLUX1_DIFFUSERS_RULES
 
 
@@ -91,17 +81,14 @@ SPECS: dict[str, ModelSpec] = {
         ModelSpec(
             name="flux-dev",
             transformer=TransformerConfig(guidance_embed=True),
-            sample=SampleDefaults(steps=50, guidance=3.5),
         ),
         ModelSpec(
             name="flux-schnell",
             schedule=ScheduleConfig(shifted=False),
-            sample=SampleDefaults(steps=4),
         ),
         ModelSpec(
             name="flux-debug",
             transformer=TransformerConfig(hidden_size=1536, num_heads=12, depth=2, depth_single=2),
-            sample=SampleDefaults(steps=20, cfg_scale=5.0),
         ),
         ModelSpec(
             name="flux-tiny",
@@ -114,7 +101,6 @@ SPECS: dict[str, ModelSpec] = {
                 depth_single=4,
                 axes_dim=(8, 12, 12),
             ),
-            sample=SampleDefaults(steps=20, cfg_scale=3.0),
         ),
     )
 }

@@ -36,7 +36,7 @@ class RunEnd:
 
 
 @contextmanager
-def recorded_exit(rank: int, codes: Mapping[type[ValueError], int]) -> Iterator[RunEnd]:
+def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[RunEnd]:
     """Runs the body, records how it ended and leaves the process with the right exit code.
 
         with recorded_exit(rank, {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG}) as end:
@@ -94,7 +94,7 @@ def _raise_terminated(signal_number: int, frame: object) -> None:
     raise Terminated
 
 
-def _explain(error: BaseException, codes: Mapping[type[ValueError], int]) -> tuple[int, str]:
+def _explain(error: BaseException, codes: Mapping[type[Exception], int]) -> tuple[int, str]:
     """Shows the error on stderr and returns its exit code and reason."""
     if isinstance(error, KeyboardInterrupt):
         code, reason = exit_codes.INTERRUPTED, "interrupted by Ctrl-C"

@@ -4,6 +4,7 @@ python -m scripts.sample --checkpoint outputs/tiny --prompts "a red circle on a 
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--prompts-file", type=Path, metavar="FILE", help="UTF-8 text file with one prompt per line")
     add("--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="where the PNG files go (%(default)s)")
     add("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
-    add("--steps", type=int, help="Euler steps, at least 1 (the flavor's)")
-    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is off (the flavor's)")
-    add("--guidance", type=float, help="value for models that embed guidance (the flavor's)")
+    add("--steps", type=int, help="Euler steps, at least 1 (as in the run's own pictures)")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is off (as in the run's own pictures)")
+    add("--guidance", type=float, help="value for models that embed guidance (as in training)")
     add("--height", type=int, help="pixels, a multiple of 16 (as in training)")
     add("--width", type=int, help="pixels, a multiple of 16 (as in training)")
     add("--batch-size", type=int, default=8, help="pictures drawn at a time (%(default)s)")
@@ -48,8 +49,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    for name in ("cfg_scale", "guidance"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be a number of at least 0")
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed={arguments.seed} must be from 0 to 2^63 - 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out={str(arguments.out)!r} is a file: name a folder")
 
 
 def main(argv: list[str]) -> None:
@@ -57,8 +64,12 @@ def main(argv: list[str]) -> None:
     check_arguments(arguments)
     prompts = arguments.prompts or load_prompts(arguments.prompts_file, "--prompts-file")
     run = load_run(arguments.checkpoint)
-    defaults, side = run.spec.sample, run.config.training.img_size
-    steps = arguments.steps or defaults.steps
+    if arguments.guidance is not None and not run.spec.transformer.guidance_embed:
+        raise ValueError(
+            f"--guidance={arguments.guidance:g} has no effect, {run.spec.name} embeds none: use --cfg-scale"
+        )
+    validation, side = run.config.validation, run.config.training.img_size
+    steps = arguments.steps or validation.denoising_steps
     batches = -(-len(prompts) // arguments.batch_size)
     with tqdm(total=batches * steps, desc="drawing", unit="step", disable=None) as bar:
         pixels_BCHW = draw_pictures(
@@ -70,8 +81,8 @@ def main(argv: list[str]) -> None:
             height=arguments.height or side,
             width=arguments.width or side,
             steps=steps,
-            guidance=defaults.guidance if arguments.guidance is None else arguments.guidance,
-            cfg_scale=defaults.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
+            guidance=run.config.training.guidance if arguments.guidance is None else arguments.guidance,
+            cfg_scale=validation.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
             batch_size=arguments.batch_size,
             dtype=next(run.model.parameters()).dtype,
             on_step=lambda done: bar.update(done - bar.n),

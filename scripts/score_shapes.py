@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="folder of a finished run")
     add("--count", type=int, default=64, help=f"held-out captions, 1 to {len(HELD_OUT_SCENES)} (%(default)s)")
     add("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
-    add("--steps", type=int, help="Euler steps (the flavor's)")
-    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is off (the flavor's)")
+    add("--steps", type=int, help="Euler steps, at least 1 (as in the run's own pictures)")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is off (as in the run's own pictures)")
     add("--out", type=Path, metavar="FILE", help="also write the pictures there as one PNG")
     return parser
 
@@ -37,9 +37,11 @@ def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if not 1 <= arguments.count <= len(HELD_OUT_SCENES):
         raise ValueError(f"--count={arguments.count} must be from 1 to {len(HELD_OUT_SCENES)}")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"--steps={arguments.steps} must be at least 1")
     captions = [scene.caption for scene in HELD_OUT_SCENES[: arguments.count]]
     run = load_run(arguments.checkpoint)
-    defaults, side = run.spec.sample, run.config.training.img_size
+    validation, side = run.config.validation, run.config.training.img_size
     pixels_BCHW = draw_pictures(
         run.model,
         run.spec,
@@ -48,9 +50,9 @@ def main(argv: list[str]) -> None:
         seeds=[arguments.seed + number for number in range(len(captions))],
         height=side,
         width=side,
-        steps=arguments.steps or defaults.steps,
+        steps=arguments.steps or validation.denoising_steps,
         guidance=run.config.training.guidance,
-        cfg_scale=defaults.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
+        cfg_scale=validation.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
         batch_size=32,
         dtype=next(run.model.parameters()).dtype,
     )

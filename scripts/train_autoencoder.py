@@ -274,7 +274,7 @@ def measure(autoencoder: Autoencoder, held_out: dict[str, Tensor]) -> Iterator[s
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (5000, about 15 minutes)")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures in a step, half of them shapes (16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures in a step, half of them shapes (16)")
     parser.add_argument(
         "--lr", type=float, default=0.02, help="highest learning rate of Muon; AdamW's is a tenth (0.02)"
     )
@@ -288,7 +288,7 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     if args.steps < 1 or args.batch_size < 2:
-        parser.error(f"--steps={args.steps} must be 1 or more and --batch_size={args.batch_size} 2 or more")
+        parser.error(f"--steps={args.steps} must be 1 or more and --batch-size={args.batch_size} 2 or more")
     held_out = {
         "shapes": make_held_out_shapes(EVALUATION_PICTURES),
         "textures": make_held_out_textures(args.seed, EVALUATION_PICTURES),

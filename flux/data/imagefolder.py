@@ -48,7 +48,7 @@ class ImageFolderSource:
         if (self.folder / METADATA).exists():
             self.captions = _load_metadata(self.folder / METADATA)
             self.pictures = sorted(self.captions)
-            missing = [name for name in self.pictures if not (self.folder / name).is_file()]
+            missing = [name for name in self.pictures if not _is_file(self.folder / name)]
             if missing:
                 raise DataError(
                     f"{self.folder / METADATA} names {missing[0]!r}, which is not in the folder ({len(missing)} such)"
@@ -79,9 +79,11 @@ class ImageFolderSource:
     def _load_image(self, name: str) -> Image.Image:
         path = self.folder / name
         try:
-            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # remarks on broken EXIF data
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return convert_to_rgb(image)
+                with Image.open(path, formats=FORMATS) as image:
+                    return convert_to_rgb(image)
         except (
             OSError,
             SyntaxError,
@@ -98,7 +100,7 @@ class ImageFolderSource:
         else:
             path = (self.folder / name).with_suffix(".txt")
             try:
-                caption, place = path.read_text(encoding="utf-8"), str(path)
+                caption, place = path.read_text(encoding="utf-8-sig"), str(path)
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{path} cannot be read as UTF-8 text ({error}): repair or remove it") from error
         caption = " ".join(caption.split())
@@ -120,7 +122,8 @@ def _split(pictures: list[str], split: Literal["train", "validation"]) -> list[s
 def _load_metadata(path: Path) -> dict[str, str]:
     captions = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold the rarer line ends as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error}): repair it") from error
     for number, line in enumerate(lines, 1):
@@ -129,9 +132,10 @@ def _load_metadata(path: Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             name, caption = entry["file_name"], entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{path}:{number}: each line must be {{"file_name": "cat.jpg", "text": "a cat"}} ({error!r})'
+                f'{path}:{number}: a line must be like {{"file_name": "a.jpg", "text": "a cat"}} '
+                f"({type(error).__name__})"
             ) from error
         if not isinstance(name, str) or not isinstance(caption, str) or not _is_unicode(name + caption):
             raise DataError(f"{path}:{number}: file_name and text must be strings of whole Unicode characters")
@@ -139,6 +143,9 @@ def _load_metadata(path: Path) -> dict[str, str]:
             raise DataError(f"{path}:{number}: file_name={name!r} must stay inside the folder")
         if not name.lower().endswith(SUFFIXES):
             raise DataError(f"{path}:{number}: file_name={name!r} must end in {', '.join(SUFFIXES)}")
+        name = Path(name).as_posix()
+        if name in captions:
+            raise DataError(f"{path}:{number}: file_name={name!r} stands there twice: keep one of the lines")
         captions[name] = caption
     return captions
 
@@ -146,3 +153,10 @@ def _load_metadata(path: Path) -> dict[str, str]:
 def _is_unicode(text: str) -> bool:
     """False for the halves of characters that JSON's escapes can spell."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False

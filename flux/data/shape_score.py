@@ -8,6 +8,7 @@ from PIL import Image
 
 from flux.data.shapes import COLORS, JITTER, PLACES, SCENES, SHAPES, SIZES, Scene, render
 
+SMALLEST = 0.01  # share of the picture below which there is no shape; the smallest that is drawn takes twice that
 FRAME = 16  # the background is read from a frame one 16th of the picture wide, which no centered shape reaches
 
 SCENE_OF_CAPTION = {scene.caption: scene for scene in SCENES}
@@ -28,7 +29,9 @@ def read_scene(image: Image.Image) -> Scene:
     frame[width:-width, width:-width] = False
     background = int(np.bincount(nearest[frame], minlength=len(names)).argmax())
     counts = np.bincount(nearest.ravel(), minlength=len(names))
-    counts[background] = -1
+    counts[background] = 0
+    if counts.max() < SMALLEST * nearest.size:
+        return Scene("", "", "", "", names[background])  # nothing is there
     color = int(counts.argmax())
     shape, size, place = _best_overlap(nearest == color)
     return Scene(names[color], shape, size, place, names[background])

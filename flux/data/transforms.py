@@ -22,24 +22,21 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_and_crop(image: Image.Image, img_size: int, generator: torch.Generator | None = None) -> Tensor:
-    """Resizes the shorter side to `img_size` (bicubic, antialiased) and cuts a square out of the longer one.
+    """Resizes a square of the picture, as large as fits, to `img_size` (bicubic, antialiased).
 
     Args:
         image: RGB picture.
         img_size: side of the result in pixels.
-        generator: places the crop; None cuts from the middle.
+        generator: places the square; None takes the middle.
 
     Returns:
         pixels_CHW, fp32 in -1..1.
     """
     if image.size != (img_size, img_size):
-        scale = img_size / min(image.size)
-        width, height = (max(img_size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        side = min(image.size)
         x, y = (0.5, 0.5) if generator is None else torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        left, top = int(x * (width - img_size + 1)), int(y * (height - img_size + 1))
-        if generator is None:
-            left, top = (width - img_size) // 2, (height - img_size) // 2
-        image = image.crop((left, top, left + img_size, top + img_size))
+        left, top = x * (image.width - side), y * (image.height - side)
+        box = (left, top, left + side, top + side)
+        image = image.resize((img_size, img_size), Image.Resampling.BICUBIC, box=box)
     pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels_HWC.permute(2, 0, 1).float() / 127.5 - 1

@@ -15,6 +15,8 @@ TINY = [
     "--validation.denoising_steps=2",
     "--metrics.log_freq=1",
     "--lr_scheduler.warmup_steps=2",
+    "--optimizer.lr=1e-3",
+    "--training.timestep_distribution=uniform",
 ]
 
 

@@ -13,7 +13,7 @@ from flux.batch import RawBatch
 from flux.data.tokenizers import build_tokenizer
 from flux.spec import SPECS
 from tests.integration.short_runs import TINY, Run
-from train import FluxTrainer, build_encoders, build_training_loader, main
+from train import FluxTrainer, build_encoders, build_training_loader, build_validation_loader, main
 
 ACCUMULATION_TOLERANCE = 1e-6  # relative; fp32 sums in another order
 ENCODER_TOLERANCE = 1e-5  # fp32 matrix products block their sums differently at other batch sizes
@@ -160,10 +160,38 @@ def test_encoder_outputs_do_not_depend_on_the_batch_size():
 def test_training_and_validation_share_the_same_lines(tmp_path):
     config = load_config([*TINY, f"--job.dump_folder={tmp_path}"])
     trainer = FluxTrainer(config, tmp_path)
-    raw = next(iter(trainer.validation_loader))
-    first = trainer.validate()
-    assert trainer.validate() == first
-    assert trainer.squared_error(raw).item() > 0
+    batches = list(trainer.validation_loader)
+    with torch.no_grad():
+        errors = sum(trainer.squared_error(raw).item() for raw in batches)
+    assert trainer.validate() == errors / sum(raw.draws.noise_BTC.numel() for raw in batches)
+
+
+def test_a_few_held_out_pictures_are_shown_at_every_time(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (40, 40), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+    config = load_config([*TINY, "--training.dataset=imagefolder", f"--training.dataset_path={tmp_path}"])
+    loader = build_validation_loader(config, SPECS["flux-tiny"], build_tokenizer(config.encoder, False))
+    times = sorted(t for raw in loader for t in raw.draws.t_B.tolist())
+    assert times == [(k + 0.5) / 8 for k in range(8)]
+
+
+def test_a_run_that_diverges_stops(tmp_path, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main([*TINY, f"--job.dump_folder={tmp_path / 'run'}", "--optimizer.lr=1e30", "--validation.enable=false"])
+    run = Run(tmp_path / "run")
+    assert caught.value.code == run.exit["code"] == 4 and run.exit["step"] < 4
+    assert "lower optimizer.lr=1e+30" in capfd.readouterr().err
+    assert not (run.folder / "export").exists()
+
+
+def test_a_failed_start_leaves_its_name_free(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        main([*TINY, f"--job.dump_folder={folder}", "--encoder.autoencoder_path=nowhere.safetensors"])
+    assert json.loads((folder / "exit.json").read_text())["code"] == 2
+    main([*TINY, f"--job.dump_folder={folder}", "--training.steps=1", "--validation.enable=false"])
+    assert Run(folder).exit["code"] == 0 and not folder.with_name("run-2").exists()
 
 
 def test_interrupted_runs_say_so(tmp_path, monkeypatch):

@@ -58,8 +58,11 @@ CHANGES = {
     "truncated": (lambda f: (f / "a.jpg").write_bytes((f / "a.jpg").read_bytes()[:400]), "a.jpg does not decode"),
     "another format": (lambda f: Image.new("RGB", (9, 9)).save(f / "a.jpg", format="TIFF"), "a.jpg does not decode"),
     "empty file": (lambda f: (f / "a.jpg").write_bytes(b""), "a.jpg does not decode"),
-    "metadata not JSON": (lambda f: (f / "metadata.jsonl").write_text("{"), "metadata.jsonl:1: each line"),
-    "metadata without text": (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.jpg"}'), ":1: each line"),
+    "metadata not JSON": (lambda f: (f / "metadata.jsonl").write_text("{"), "metadata.jsonl:1: a line must be"),
+    "metadata without text": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.jpg"}'),
+        ":1: a line must be",
+    ),
     "metadata with number": (
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": 3}'),
         "strings",
@@ -80,6 +83,17 @@ CHANGES = {
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "z.jpg", "text": "x"}'),
         "'z.jpg'",
     ),
+    "metadata twice": (
+        lambda f: (f / "metadata.jsonl").write_text(
+            '{"file_name": "a.jpg", "text": "x"}\n{"file_name": "./a.jpg", "text": "y"}'
+        ),
+        "stands there twice",
+    ),
+    "metadata of an endless name": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "' + "a" * 300 + '.jpg", "text": "x"}'),
+        "which is not in the folder",
+    ),
+    "metadata of a long number": (lambda f: (f / "metadata.jsonl").write_text("9" * 5000), ":1: a line must be"),
     "metadata empty": (lambda f: (f / "metadata.jsonl").write_text("\n"), "has no pictures"),
 }
 
@@ -97,8 +111,9 @@ def test_missing_folder_names_the_key(tmp_path):
         ImageFolderSource(str(tmp_path / "none"))
 
 
-def test_decompression_bombs_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+@pytest.mark.parametrize("limit", [100, 500])  # of 600 pixels: beyond twice the limit Pillow raises, before it warns
+def test_decompression_bombs_are_refused(folder, monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match="does not decode"):
         ImageFolderSource(str(folder))[0]
 
@@ -106,3 +121,13 @@ def test_decompression_bombs_are_refused(folder, monkeypatch):
 def test_later_data_sets_are_refused_when_opened():
     with pytest.raises(ValueError, match=r"training.dataset='cc12m-wds' cannot be opened"):
         build_source("cc12m-wds", None, 64, "all", "training")
+
+
+def test_byte_order_marks_are_no_part_of_captions(folder):
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    assert ImageFolderSource(str(folder))[0].caption == "a cat"
+
+
+def test_json_strings_may_hold_rare_line_ends(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "one\u2028two"}', encoding="utf-8")
+    assert ImageFolderSource(str(folder))[0].caption == "one two"

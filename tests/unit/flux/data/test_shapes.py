@@ -60,6 +60,14 @@ def test_noise_does_not_pass_for_a_scene():
     assert max(scores["background_color_accuracy"], scores["shape_color_accuracy"]) < 0.5, scores
 
 
+def test_a_blank_picture_shows_nothing_but_its_background():
+    blank = Image.new("RGB", (64, 64), (214, 40, 40))
+    captions = [scene.caption for scene in HELD_OUT_SCENES[:40]]
+    scores = score_pictures([blank] * 40, captions)
+    assert [scores[f"{name}_accuracy"] for name in ("shape_color", "shape", "place")] == [0, 0, 0]
+    assert scores["background_color_accuracy"] == sum(" on a red background" in caption for caption in captions) / 40
+
+
 def test_each_property_is_measured_on_its_own():
     scene = Scene("red", "circle", "large", "at the left", "blue")
     wrong = Scene("red", "square", "large", "at the left", "green")
