@@ -7,6 +7,8 @@
 # NGPU         processes on this machine (the number of its GPUs, or 1)
 # LOG_RANK     the ranks whose output is shown (0)
 set -euo pipefail
+# Paths on the command line are relative to the recipe's own folder; CONFIG_FILE may also be to where it is called from.
+[ ! -e "${CONFIG_FILE:-}" ] || CONFIG_FILE=$(realpath --relative-to="$(dirname "${BASH_SOURCE[0]}")" "$CONFIG_FILE")
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 CONFIG_FILE=${CONFIG_FILE:-train_configs/flux_tiny.toml}
@@ -21,6 +23,10 @@ count_gpus() {
 }
 NGPU=${NGPU:-$(count_gpus)}
 [ "$NGPU" != 0 ] || NGPU=1
+if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
+    echo "NGPU=$NGPU must be a number of processes, 1 or more" >&2
+    exit 2
+fi
 
 source setup_env.sh
 setup_env requirements.txt

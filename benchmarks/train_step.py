@@ -16,15 +16,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint.adapter import to_hf
+from config.job_config import JobConfig
+from flux.config import Training
 from flux.flops import training_flops
+from flux.flow import squared_error_sum
 from flux.model import FluxTransformer
 from flux.positions import image_ids, text_ids
 from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
+from runtime.config import Debug
+from train import build_model
 
 Step = Callable[[], Tensor]  # one training step; returns the prediction
 
@@ -58,11 +64,10 @@ def make_batch(spec: ModelSpec, args: argparse.Namespace, device: torch.device, 
     return Batch(inputs, normal(side * side, config.in_channels))
 
 
-def build_native(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FluxTransformer:
+def build_native(spec: ModelSpec, device: torch.device, dtype: Literal["float32", "bfloat16"]) -> FluxTransformer:
     """The model with random weights everywhere: fresh training weights hold zeros, which no later step sees."""
-    with torch.device("meta"):
-        model = FluxTransformer(spec.transformer)
-    model.to(dtype).to_empty(device=device)
+    config = JobConfig(training=Training(dtype=dtype, mixed_precision_param=dtype), debug=Debug(seed=0))
+    model = build_model(config, spec, device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,8 +101,7 @@ def build_step(model: nn.Module, predict: Callable[[], Tensor], target_BTC: Tens
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         velocity_BTC = predict()
-        loss = (velocity_BTC.float() - target_BTC.float()).square().sum() / target_BTC.numel()
-        loss.backward()
+        (squared_error_sum(velocity_BTC, target_BTC) / target_BTC.numel()).backward()
         return velocity_BTC.detach()
 
     return step
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> dict:
     image_tokens = (args.img_size // PIXELS_PER_TOKEN) ** 2
     flops = training_flops(spec.transformer, image_tokens, args.text_tokens)
     batch = make_batch(spec, args, device, dtype)
-    native = build_native(spec, device, dtype)
+    native = build_native(spec, device, args.dtype)
     steps = {"this": native_step(native, batch)}
     print(
         f"{args.flavor}, {sum(p.numel() for p in native.parameters()):,} parameters, {args.dtype}, torch "

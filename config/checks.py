@@ -1,6 +1,7 @@
 """Rules between keys, on a whole JobConfig. What a single key may be stands beside it, in its section's dataclass."""
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from config.job_config import JobConfig
 from config.keys import show
@@ -19,6 +20,7 @@ def find_faults(config: JobConfig) -> Iterator[Finding]:
     yield from _loader("training.dataloader", config.training.dataloader)
     yield from _loader("validation.dataloader", config.validation.dataloader)
     yield from _number_formats(config)
+    yield from _folders(config)
 
 
 def find_doubts(config: JobConfig) -> Iterator[str]:
@@ -133,3 +135,17 @@ def _learning_rate(config: JobConfig) -> Iterator[str]:
             f"training.steps={steps} ends within lr_scheduler.warmup_steps={warmup}: "
             "the learning rate never reaches optimizer.lr"
         )
+
+
+def _folders(config: JobConfig) -> Iterator[Finding]:
+    """What a run writes stays in its folder."""
+    for name, folder in (
+        ("metrics.save_tb_folder", config.metrics.save_tb_folder),
+        ("validation.save_img_folder", config.validation.save_img_folder),
+    ):
+        path = PurePath(folder)
+        if path.is_absolute() or ".." in path.parts:
+            yield (
+                (name,),
+                f"{name}={show(folder)} must stay inside the run folder: give a plain name",
+            )

@@ -65,4 +65,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m scripts.check_environment requirements.txt")
     sys.exit(main(sys.argv[1]))

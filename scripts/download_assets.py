@@ -10,6 +10,7 @@ Only safetensors weights and the files beside them are fetched, at pinned revisi
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, without network")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+        parser.error(f"--repo {options.repo!r} must be OWNER/NAME, such as {FLUX_REPOSITORIES[0]}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

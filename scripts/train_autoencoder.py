@@ -156,7 +156,14 @@ def load_photographs(folder: Path, side: int) -> Tensor:
         raise ValueError(f"--photographs={folder} holds no .jpg, .png or .webp file: name a folder of photographs")
     size = (side, side)
     return torch.stack(
-        [to_pixels_CHW(ImageOps.fit(Image.open(p).convert("RGB"), size, Image.Resampling.LANCZOS)) for p in paths]
+        [
+            to_pixels_CHW(
+                ImageOps.fit(
+                    Image.open(p, formats=("JPEG", "PNG", "WEBP")).convert("RGB"), size, Image.Resampling.LANCZOS
+                )
+            )
+            for p in paths
+        ]
     )
 
 

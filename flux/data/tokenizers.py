@@ -1,5 +1,6 @@
 """Prompts -> token ids for T5 and CLIP, as FluxPipeline makes them: padded to the maximum length and truncated."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from flux.text_folders import (
 
 CLIP_LENGTH = 77
 
+log = logging.getLogger(__name__)
+
 
 class FluxTokenizer:
     """Tokenizes prompts for both encoders. Travels to loader workers by fork or by pickle.
@@ -38,13 +41,23 @@ class FluxTokenizer:
         clip = _load("encoder.clip_encoder", CLIPTokenizer, "a</w>", Path(clip_folder), CLIP_TOKENIZER_FILES)
         self._t5 = _padded(t5, max_t5_length)
         self._clip = _padded(clip, CLIP_LENGTH)
+        self._told = False  # that a prompt was cut: said once
         self.vocabulary_sizes = {"t5": len(t5), "clip": len(clip)}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """Ids, int64: "t5" [B, max_t5_length] and "clip" [B, 77]."""
         # One prompt at a time: encode_batch starts threads, and a fork after that makes every worker print a warning.
+        t5 = [self._t5.encode(prompt) for prompt in prompts]
+        cut = next((prompt for prompt, encoding in zip(prompts, t5, strict=True) if encoding.overflowing), None)
+        if cut is not None and not self._told:
+            self._told = True
+            log.warning(
+                "prompts of more than encoder.max_t5_encoding_len=%d tokens lose their tail, such as %.80r",
+                self._t5.truncation["max_length"],
+                cut,
+            )
         return {
-            "t5": torch.tensor([self._t5.encode(prompt).ids for prompt in prompts]),
+            "t5": torch.tensor([encoding.ids for encoding in t5]),
             "clip": torch.tensor([self._clip.encode(prompt).ids for prompt in prompts]),
         }
 

@@ -17,6 +17,7 @@ TINY = [
     "--lr_scheduler.warmup_steps=2",
     "--optimizer.lr=1e-3",
     "--training.timestep_distribution=uniform",
+    "--training.timestep_shift=none",
 ]
 
 

@@ -53,10 +53,10 @@ class Stage:
         write_program(self.programs / "nvidia-smi", "#!/bin/sh\nexit 9\n")
         self.environment = {"PATH": f"{self.programs}:/usr/bin:/bin", "CALLS": str(self.calls_file)}
 
-    def command(self, *arguments, **settings):
+    def command(self, *arguments, cwd="/", **settings):
         return {
             "args": [str(self.checkout / "run_train.sh"), *arguments],
-            "cwd": "/",
+            "cwd": cwd,
             "env": self.environment | settings,
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
@@ -296,3 +296,18 @@ def test_the_code_comes_through_the_real_torchrun(checkout):
     done = subprocess.run(checkout / "run_train.sh", env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def test_a_configuration_file_is_found_from_where_the_script_is_called(stage, tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "my run.toml").write_text("")
+    done = stage.run(CONFIG_FILE="my run.toml", cwd=tmp_path / "away")
+    assert done.returncode == 0, done.stderr
+    (call,) = stage.calls(["train.py"])
+    assert (stage.checkout / call[2]).resolve() == tmp_path / "away" / "my run.toml"
+
+
+@pytest.mark.parametrize("processes", ["abc", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(stage, processes):
+    done = stage.run(NGPU=processes)
+    assert done.returncode == 2 and f"NGPU={processes} must be a number of processes" in done.stderr

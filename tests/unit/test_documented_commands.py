@@ -121,3 +121,10 @@ def test_the_reader_finds_commands_and_only_them():
 )
 def test_a_wrong_command_is_found(command):
     assert problem(shlex.split(command)) is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/data_flow.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    missing = [target for target in targets if "://" not in target and not ((ROOT / page).parent / target).exists()]
+    assert missing == []

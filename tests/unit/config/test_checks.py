@@ -79,3 +79,16 @@ def test_doubt(line, text):
 @pytest.mark.parametrize("line", FINE)
 def test_fine(line):
     assert parse(line.split())[1] == []
+
+
+@pytest.mark.parametrize("key", ["metrics.save_tb_folder", "validation.save_img_folder"])
+@pytest.mark.parametrize("folder", ["../elsewhere", "/tmp/elsewhere"])
+def test_what_a_run_writes_stays_in_its_folder(key, folder):
+    with pytest.raises(ConfigError, match=rf"{key}=.* must stay inside the run folder"):
+        parse([f"--{key}={folder}"])
+
+
+def test_validating_on_the_training_folder_is_doubted():
+    folders = ["--training.dataset=imagefolder", "--training.dataset_path=p", "--validation.dataset_path=p"]
+    warnings = parse([*folders, "--validation.enable"])[1]
+    assert any("nothing is held out" in warning for warning in warnings)

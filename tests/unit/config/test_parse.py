@@ -225,3 +225,8 @@ def test_warnings_go_to_stderr(capsys):
         "warning: these keys have no effect yet: checkpoint.enable",
         "warning: these keys are not used here: training.seq_len",
     ]
+
+
+def test_the_folder_of_a_commit_is_no_token():
+    path = f"--encoder.t5_encoder=/cache/snapshots/{'0a' * 20}/text_encoder_2"
+    assert parse([path])[0].encoder.t5_encoder.startswith("/cache/snapshots/0a0a")

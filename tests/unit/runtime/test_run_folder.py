@@ -37,3 +37,24 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     for wanted in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"job\.dump_folder='.*file.*' must be a folder.*--job\.dump_folder"):
             claim_run_folder(wanted)
+
+
+def test_a_run_that_ended_before_its_first_step_leaves_its_name_free(tmp_path):
+    folder = claim_run_folder(tmp_path / "run")
+    (folder / "exit.json").write_text("{}")
+    assert claim_run_folder(tmp_path / "run") == folder
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "exit.json").write_text("{}")
+    assert claim_run_folder(tmp_path / "run").name == "run-2"
+
+
+def test_the_folder_it_is_called_in_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert claim_run_folder(".") == tmp_path / "here"
+    assert claim_run_folder(".") == tmp_path / "here-2"
+
+
+def test_the_root_is_refused():
+    with pytest.raises(ValueError, match=r"job\.dump_folder='/' must be a folder"):
+        claim_run_folder("/")

@@ -172,3 +172,10 @@ def test_an_asset_that_does_not_exist_is_refused(hub, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--assets", "vae"])
     assert stop.value.code == CONFIG and "autoencoder" in capsys.readouterr().err and not hub.calls
+
+
+@pytest.mark.parametrize("name", ["flux", "a b/c", "a/b/c"])
+def test_a_repository_that_is_no_name_is_refused(hub, capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        main(["--repo", name])
+    assert stop.value.code == CONFIG and "must be OWNER/NAME" in capsys.readouterr().err and not hub.calls

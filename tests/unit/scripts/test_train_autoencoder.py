@@ -72,7 +72,7 @@ def test_writes_a_file_and_reports(quick, tmp_path, monkeypatch, capsys):
     (tmp_path / "photographs").mkdir()
     script.Image.new("L", (70, 90), 128).save(tmp_path / "photographs" / "gray.png")
     out = tmp_path / "new folder" / "ae.safetensors"
-    run(monkeypatch, "--steps", 1, "--batch_size", 2, "--out", out, "--photographs", tmp_path / "photographs")
+    run(monkeypatch, "--steps", 1, "--batch-size", 2, "--out", out, "--photographs", tmp_path / "photographs")
     with torch.device("meta"):
         expected = Autoencoder(script.CONFIG).state_dict()
     assert load_file(out).keys() == expected.keys()
@@ -87,7 +87,7 @@ def test_writes_a_file_and_reports(quick, tmp_path, monkeypatch, capsys):
     [
         (("--photographs", "no/such/folder"), "holds no .jpg"),
         (("--steps", "0"), "--steps=0 must be 1 or more"),
-        (("--batch_size", "1"), "--batch_size=1 2 or more"),
+        (("--batch-size", "1"), "--batch-size=1 2 or more"),
     ],
 )
 def test_bad_arguments_are_refused_before_training(quick, monkeypatch, capsys, arguments, message):

@@ -132,9 +132,10 @@ def test_survives_pickling_for_loader_workers(tokenizer):
     assert all(torch.equal(ids, copy(["a red circle"])[key]) for key, ids in tokenizer(["a red circle"]).items())
 
 
-def test_loading_is_silent(capfd):
+def test_the_libraries_are_silent(capfd, caplog):
     FluxTokenizer(TINY_T5.tokenizer, TINY_CLIP.tokenizer, LENGTH)(["word " * 600])
-    assert capfd.readouterr() == ("", "")
+    assert [record.name for record in caplog.records] == ["flux.data.tokenizers"]  # our own remark on the cut prompt
+    assert capfd.readouterr().out == ""
 
 
 def test_test_mode_takes_the_tiny_tokenizers_whatever_is_configured(tokenizer):
@@ -165,3 +166,15 @@ def test_a_broken_or_foreign_tokenizer_is_refused(tmp_path):
         ValueError, match=r"encoder\.clip_encoder: .* must hold a tokenizer that CLIPTokenizer can read"
     ):
         FluxTokenizer(TINY_T5.tokenizer, TINY_T5.tokenizer, LENGTH)
+
+
+def test_cut_prompts_are_told_once(caplog):
+    tokenizer = FluxTokenizer(TINY_T5.tokenizer, TINY_CLIP.tokenizer, 6)
+    tokenizer(["a red circle"])
+    assert not caplog.records
+    for _ in range(2):
+        tokenizer(["a red circle at the top left on a blue background"])
+    assert [record.message for record in caplog.records] == [
+        "prompts of more than encoder.max_t5_encoding_len=6 tokens lose their tail, such as "
+        "'a red circle at the top left on a blue background'"
+    ]
