@@ -1,9 +1,9 @@
 """Speed of one training step of the transformer: forward, loss and backward, on the device that is there.
 
-    python -m benchmarks.train_step --flavor flux-debug --against diffusers --dtype bfloat16
+    python -m benchmarks.train_step --flavor flux-debug --dtype bfloat16
 
-Encoders, data and optimizer are left out, so that the number is the transformer's alone. With `--against diffusers` the
-same step runs through diffusers' transformer with the same weights (converted by the checkpoint rules), step by step in
+Encoders, data and optimizer are left out, so that the number is the transformer's alone. Where diffusers is installed,
+the same step runs through its transformer with the same weights (converted by the checkpoint rules), step by step in
 turns: what disturbs the machine disturbs both, and the ratio of each pair stays comparable.
 """
 
@@ -173,8 +173,8 @@ def run(args: argparse.Namespace) -> dict:
     )
     result: dict = {**vars(args), "torch": torch.__version__, "hardware": device_words(device)}
     result["tflop_per_sample"] = flops / 1e12
-    if args.against:
-        steps[args.against] = diffusers_step(build_diffusers(spec, native), batch)
+    if args.against == "diffusers":
+        steps["diffusers"] = diffusers_step(build_diffusers(spec, native), batch)
         ours, theirs = (step().float() for step in steps.values())
         result["prediction_difference"] = ((ours - theirs).norm() / theirs.norm()).item()
         print(f"same weights; predictions differ by {result['prediction_difference']:.1e} of their size")
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> dict:
         rate = args.batch / median
         result[name] = {"seconds_per_step": median, "samples_per_s": rate, "tflop_per_s": rate * flops / 1e12}
         print(f"{name:<10} {median:9.4f} s/step {rate:10.2f} samples/s {rate * flops / 1e12:9.3f} TFLOP/s")
-    if args.against:
+    if args.against == "diffusers":
         ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
         result["time_ratio"] = statistics.median(ratios)
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
@@ -220,8 +220,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flavor", choices=sorted(SPECS), default="flux-tiny", help="model size (default: %(default)s)")
     add(
         "--against",
-        choices=["diffusers"],
-        help="also time this library's transformer with the same weights (pip install -r requirements-dev.txt)",
+        choices=["diffusers", "none"],
+        default="diffusers" if importlib.util.find_spec("diffusers") else "none",
+        help="also time this library's transformer with the same weights (default here: %(default)s)",
     )
     add(
         "--dtype",
@@ -248,8 +249,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures to this file as well")
     args = parser.parse_args(argv)
-    if args.against and importlib.util.find_spec(args.against) is None:
-        parser.error(f"--against {args.against} needs it installed: pip install -r requirements-dev.txt")
+    if args.against == "diffusers" and not importlib.util.find_spec("diffusers"):
+        parser.error("--against diffusers needs it installed: pip install -r requirements-dev.txt")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no GPU here; use --device cpu")
     return args

@@ -24,7 +24,7 @@ def test_against_diffusers(tmp_path, capsys):
 
 
 def test_alone(capsys):
-    main([*SMALL, "--dtype", "bfloat16"])
+    main([*SMALL, "--dtype", "bfloat16", "--against", "none"])
     out = capsys.readouterr().out
     assert "9,105,984 parameters" in out and "4 image + 2 text tokens" in out and "samples/s" in out
 
