@@ -41,6 +41,7 @@ class FluxTokenizer:
         clip = _load("encoder.clip_encoder", CLIPTokenizer, "a</w>", Path(clip_folder), CLIP_TOKENIZER_FILES)
         self._t5 = _padded(t5, max_t5_length)
         self._clip = _padded(clip, CLIP_LENGTH)
+        self._max_t5_length = max_t5_length
         self._told = False  # that a prompt was cut: said once
         self.vocabulary_sizes = {"t5": len(t5), "clip": len(clip)}
 
@@ -53,7 +54,7 @@ class FluxTokenizer:
             self._told = True
             log.warning(
                 "prompts of more than encoder.max_t5_encoding_len=%d tokens lose their tail, such as %.80r",
-                self._t5.truncation["max_length"],
+                self._max_t5_length,
                 cut,
             )
         return {
