@@ -27,7 +27,7 @@ from config.write import format_config, save_config
 from flux.autoencoder import AutoencoderConfig, load_autoencoder
 from flux.batch import RawBatch
 from flux.codec import LatentCodec
-from flux.conditioner import build_conditioner
+from flux.conditioner import build_conditioner, check_tokenizer
 from flux.data.errors import DataError
 from flux.data.loader import (
     VALIDATION_TIMES,
@@ -122,9 +122,11 @@ def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer,
     autoencoder = load_autoencoder(
         config.encoder.autoencoder_path, spec.codec.latent_channels, DTYPES[config.encoder.dtype], device
     )
+    conditioner = build_conditioner(config.encoder, spec.transformer, config.training.test_mode, device)
+    check_tokenizer(tokenizer, conditioner)
     return Encoders(
         tokenizer=tokenizer,
-        conditioner=build_conditioner(config.encoder, spec.transformer, config.training.test_mode, device),
+        conditioner=conditioner,
         codec=LatentCodec(autoencoder, spec.codec),
         device=device,
     )

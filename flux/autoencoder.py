@@ -76,11 +76,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.norm(x_BCHW)
-        q_BSC, k_BSC, v_BSC = (
+        q_BTC, k_BTC, v_BTC = (
             project(h_BCHW).flatten(2).transpose(1, 2).contiguous() for project in (self.q, self.k, self.v)
         )
-        h_BSC = F.scaled_dot_product_attention(q_BSC[:, None], k_BSC[:, None], v_BSC[:, None])[:, 0]
-        return x_BCHW + self.proj_out(h_BSC.transpose(1, 2).reshape(x_BCHW.shape))
+        h_BTC = F.scaled_dot_product_attention(q_BTC[:, None], k_BTC[:, None], v_BTC[:, None])[:, 0]
+        return x_BCHW + self.proj_out(h_BTC.transpose(1, 2).reshape(x_BCHW.shape))
 
 
 class Downsample(nn.Module):

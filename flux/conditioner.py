@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedConfig, PreTra
 
 from flux.batch import TextCond
 from flux.config import Encoder
-from flux.data.tokenizers import CLIP_LENGTH, FluxTokenizer, build_tokenizer
+from flux.data.tokenizers import CLIP_LENGTH, FluxTokenizer
 from flux.spec import TransformerConfig
 from flux.text_folders import CLIP_NAME, T5_NAME, TINY_CLIP, TINY_T5, resolve_clip, resolve_t5
 
@@ -119,7 +119,6 @@ def build_conditioner(
     else:
         t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, device)
         clip = load_clip(resolve_clip(encoder.clip_encoder).weights, transformer, dtype, device)
-    _check_tokenizer(build_tokenizer(encoder, test_mode), t5, clip)
     return T5ClipConditioner(t5, clip, encoder.mask_padding)
 
 
@@ -336,10 +335,15 @@ def _random_encoders(transformer: TransformerConfig) -> tuple[T5EncoderModel, CL
         return T5EncoderModel(T5Config.from_dict(t5)), CLIPTextModel(CLIPTextConfig.from_dict(clip))
 
 
-def _check_tokenizer(tokenizer: FluxTokenizer, t5: T5EncoderModel, clip: CLIPTextModel) -> None:
-    """A tokenizer of another encoder would give wrong features without a word, or an index fault on the device."""
+def check_tokenizer(tokenizer: FluxTokenizer, conditioner: T5ClipConditioner) -> None:
+    """A tokenizer of another encoder would give wrong features without a word, or an index fault on the device.
+
+    Raises:
+        ValueError: names the key, what does not fit and the remedy.
+    """
+    clip = conditioner.clip
     for kind, model, size in (
-        (_T5, t5, tokenizer.vocabulary_sizes["t5"]),
+        (_T5, conditioner.t5, tokenizer.vocabulary_sizes["t5"]),
         (_CLIP, clip, tokenizer.vocabulary_sizes["clip"]),
     ):
         if size > model.config.vocab_size:

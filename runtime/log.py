@@ -56,16 +56,13 @@ class StepLog:
 
     Args:
         steps: number of the last step.
-        done: number of the last step that is already behind the run.
-        show: False on all ranks but one.
     """
 
-    def __init__(self, steps: int, done: int = 0, show: bool = True):
+    def __init__(self, steps: int):
         self._steps = steps
-        self._show = show
         self._bar = None
-        if show and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def advance(self) -> None:
         """One step is done."""
@@ -76,7 +73,7 @@ class StepLog:
         """Shows the figures of a logged step: loss, grad_norm, lr, samples_per_s, data_wait_percent, memory_gib."""
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(values))
-        elif self._show:
+        else:
             width = max(5, len(str(self._steps)))
             log.info("step %*d/%d  %s", width, step, self._steps, _figures(values))
 

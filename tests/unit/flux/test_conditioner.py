@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flux.conditioner import T5ClipConditioner, build_conditioner, load_clip, load_t5
+from flux.conditioner import T5ClipConditioner, build_conditioner, check_tokenizer, load_clip, load_t5
 from flux.config import Encoder
 from flux.data.shapes import SCENES
 from flux.data.tokenizers import FluxTokenizer, build_tokenizer
@@ -407,6 +407,11 @@ def test_clip_with_another_number_of_positions(tmp_path):
     assert "64 positions and must have 77" in refusal(load_clip, folder)
 
 
+def check(section: Encoder) -> None:
+    conditioner = build_conditioner(section, TINY, test_mode=False, device="cpu")
+    check_tokenizer(build_tokenizer(section, test_mode=False), conditioner)
+
+
 def test_a_tokenizer_of_another_clip(tmp_path):
     """Its end token would not be found, and every prompt pooled at its start."""
     folder = copied(TINY_CLIP, tmp_path / "clip")
@@ -416,8 +421,9 @@ def test_a_tokenizer_of_another_clip(tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
         if wrong:
             with pytest.raises(ValueError, match=r"encoder\.clip_encoder: the tokenizer ends prompts with id 1113"):
-                build_conditioner(section, TINY, test_mode=False, device="cpu")
+                check(section)
         else:
+            check(section)
             tokens = build_tokenizer(section, test_mode=False)(PROMPTS)
             old = build_conditioner(section, TINY, test_mode=False, device="cpu").encode(tokens)
             new = build_conditioner(SECTION, TINY, test_mode=False, device="cpu").encode(tokens)
@@ -434,7 +440,7 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
     with pytest.raises(ValueError, match=r"encoder\.t5_encoder: the tokenizer has 1000 tokens .* embeds only 999"):
-        build_conditioner(replace(SECTION, t5_encoder=str(folder)), TINY, test_mode=False, device="cpu")
+        check(replace(SECTION, t5_encoder=str(folder)))
 
 
 def test_nothing_of_the_hub_is_asked_for(monkeypatch):

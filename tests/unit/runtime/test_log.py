@@ -64,7 +64,8 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stay_whole(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     setup_logging(rank=0)
-    steps = StepLog(4, done=1)
+    steps = StepLog(4)
+    steps.advance()
     steps.advance()
     steps.report(2, VALUES)
     logging.getLogger("train").info("a line in between")
@@ -73,13 +74,3 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stay_whole(monkeypatch):
     assert "2/4" in text and "loss 0.6213" in text
     assert "step     2/4" not in text
     assert "a line in between" in text.replace("\r", "\n").splitlines()
-
-
-def test_no_bar_where_it_is_not_wanted(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    steps = StepLog(4, show=False)
-    steps.advance()
-    steps.report(1, VALUES)
-    steps.close()
-    assert terminal.getvalue() == ""
