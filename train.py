@@ -13,12 +13,12 @@ import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from checkpoint.export import EXPORT_FILE, load_export, save_export
 from config.job_config import JobConfig
@@ -27,32 +27,36 @@ from config.write import format_config, save_config
 from flux.autoencoder import AutoencoderConfig, load_autoencoder
 from flux.batch import RawBatch
 from flux.codec import LatentCodec
-from flux.conditioner import build_conditioner, check_tokenizer
+from flux.conditioner import Sharding, build_conditioner, check_tokenizer
+from flux.data.build import build_training_loader, build_validation_loader
 from flux.data.errors import DataError
-from flux.data.loader import (
-    VALIDATION_TIMES,
-    Loader,
-    PositionBatches,
-    PositionedDataset,
-    TrainingDraws,
-    ValidationDraws,
-)
-from flux.data.shape_score import can_score, score_pictures
-from flux.data.sources import Split, build_source
+from flux.data.loader import Loader
+from flux.data.shape_score import can_score, describe_scores, score_pictures
 from flux.data.tokenizers import FluxTokenizer, build_tokenizer
 from flux.encoders import Encoders
-from flux.flops import training_flops
+from flux.flops import training_flops, with_unit
 from flux.flow import squared_error_sum
 from flux.inputs import make_inputs
 from flux.model import FluxTransformer, init_weights
 from flux.pictures import make_images, save_grid
+from flux.plans import make_plan
 from flux.prompts import load_prompts
 from flux.sampling import draw_pictures
 from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
+from parallel.compile import compile_loss
+from parallel.context_parallel import gather_sequence, shard_sequence
+from parallel.data_parallel import apply_frozen_fsdp, reshard
+from parallel.degrees import Degrees, resolve_degrees
+from parallel.gradients import clip_grad_norm_, group_by_mesh
+from parallel.mesh import Layout, build_layout, choose_device, close_layout
+from parallel.parallelize import Techniques, parallelize
+from parallel.quantize import after_update
+from parallel.shards import copy_full_, gather_state_dict
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
+from training.determinism import apply_determinism
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
 from training.optimizer import build_optimizer
@@ -70,75 +74,53 @@ STAGES = 6
 CONFIG_FILE, EXPORT_FOLDER, LOSS_CURVE = "config.toml", "export", "loss.png"  # in the run folder
 
 
-def build_device() -> torch.device:
-    """The accelerator if there is one. One process for now: more would train unsynchronized copies."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE={world_size}, but this version trains on one process: use NGPU=1")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def build_training_loader(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, cursor: int) -> Loader:
-    """The endless training batches from position `cursor` on."""
+def build_run_layout(config: JobConfig, world_size: int) -> Layout:
+    """This process among the others, who must all call it."""
     training = config.training
-    split: Split = "train" if config.validation.enable and not _validates_elsewhere(config) else "all"
-    source = build_source(training.dataset, training.dataset_path, training.img_size, split, "training")
-    draws = TrainingDraws(
-        seed=_seed(config),
-        timestep_distribution=training.timestep_distribution,
-        shift_by_resolution=training.timestep_shift == "resolution",
-        drop_prob=training.classifier_free_guidance_prob,
-        drop_jointly=training.prompt_dropout == "joint",
-        sample_posterior=config.encoder.sample_posterior,
-    )
-    dataset = PositionedDataset(source, tokenizer, spec, training.img_size, draws)
-    return Loader(dataset, PositionBatches(cursor, training.local_batch_size), training.dataloader)
+    by_fsdp = training.dtype != training.mixed_precision_param or training.enable_cpu_offload
+    return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
 
 
-def build_validation_loader(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer) -> Loader:
-    """Held-out samples, the same ones with the same noise and times at every pass."""
-    training, validation = config.training, config.validation
-    if _validates_elsewhere(config):
-        name = validation.dataset or training.dataset
-        split: Split = "validation" if name == "shapes" else "all"
-        source = build_source(name, validation.dataset_path, training.img_size, split, "validation")
-    else:
-        source = build_source(training.dataset, training.dataset_path, training.img_size, "validation", "training")
-    end = max(len(source), VALIDATION_TIMES)  # a few pictures are shown at every time rather than each at one
-    if validation.steps != -1:
-        end = min(end, validation.steps * validation.local_batch_size)
-    draws = ValidationDraws(seed=_seed(config), sample_posterior=config.encoder.sample_posterior)
-    dataset = PositionedDataset(source, tokenizer, spec, training.img_size, draws)
-    return Loader(dataset, PositionBatches(0, validation.local_batch_size, end=end), validation.dataloader)
-
-
-def _validates_elsewhere(config: JobConfig) -> bool:
-    """Whether validation has a data set of its own; otherwise a part of the training data is held out for it."""
-    return config.validation.dataset is not None or config.validation.dataset_path is not None
-
-
-def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, device: torch.device) -> Encoders:
-    """The frozen text encoders and autoencoder."""
-    autoencoder = load_autoencoder(
-        config.encoder.autoencoder_path, spec.codec.latent_channels, DTYPES[config.encoder.dtype], device
-    )
-    conditioner = build_conditioner(config.encoder, spec.transformer, config.training.test_mode, device)
+def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, layout: Layout) -> Encoders:
+    """The frozen text encoders and autoencoder. T5 is split over all ranks of a copy of the weights."""
+    encoder, device, mesh = config.encoder, layout.device, layout.encoder
+    sharding = None if mesh is None else Sharding(partial(apply_frozen_fsdp, mesh=mesh), copy_full_)
+    channels, dtype = spec.codec.latent_channels, DTYPES[encoder.dtype]
+    autoencoder = load_autoencoder(encoder.autoencoder_path, channels, dtype, device)
+    conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding)
     check_tokenizer(tokenizer, conditioner)
-    return Encoders(
-        tokenizer=tokenizer,
-        conditioner=conditioner,
-        codec=LatentCodec(autoencoder, spec.codec),
-        device=device,
-    )
+    return Encoders(tokenizer, conditioner, LatentCodec(autoencoder, spec.codec), device)
 
 
-def build_model(config: JobConfig, spec: ModelSpec, device: torch.device) -> FluxTransformer:
-    """The transformer with freshly drawn weights, built without ever holding two copies."""
+def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTransformer:
+    """The transformer on the meta device, parallelized: it has no weights yet."""
+    training = config.training
     with torch.device("meta"):
-        model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
-    model = model.to_empty(device=device)
-    init_weights(model, _seed(config))
+        model = FluxTransformer(spec.transformer).to(DTYPES[training.dtype])
+    techniques = Techniques(
+        config.parallelism,
+        config.activation_checkpoint,
+        config.compile,
+        config.quantize,
+        config.model.converters,
+        param_dtype=compute_dtype(config),
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        cpu_offload=training.enable_cpu_offload,
+    )
+    parallelize(model, make_plan(spec.transformer), layout, techniques)
     return model
+
+
+def draw_weights(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
+    """Gives the model of `build_model` fresh weights; a rank never holds more than its part and one whole tensor."""
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else layout.device)
+    init_weights(model, _seed(config), layout.device, copy_full_)
+
+
+def compute_dtype(config: JobConfig) -> torch.dtype:
+    """Number format of the transformer's computation."""
+    training = config.training
+    return DTYPES[training.mixed_precision_param if training.dtype == "float32" else training.dtype]
 
 
 class TrainedRun(NamedTuple):
@@ -160,13 +142,13 @@ def load_run(folder: Path) -> TrainedRun:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a finished run, such as outputs/tiny")
     config = load_config([f"--job.config_file={folder / CONFIG_FILE}"])
-    spec, device = SPECS[config.model.flavor], build_device()
+    spec, layout = SPECS[config.model.flavor], Layout(Degrees(), choose_device())
     with torch.device("meta"):
         model = FluxTransformer(spec.transformer)
     metadata = load_export(folder / EXPORT_FOLDER / EXPORT_FILE, model, spec.name)
     tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
-    encoders = build_encoders(config, spec, tokenizer, device)
-    return TrainedRun(config, spec, model.to(device).eval(), encoders, int(metadata.get("step", 0)))
+    encoders = build_encoders(config, spec, tokenizer, layout)
+    return TrainedRun(config, spec, model.to(layout.device).eval(), encoders, int(metadata.get("step", 0)))
 
 
 def _seed(config: JobConfig) -> int:
@@ -175,50 +157,54 @@ def _seed(config: JobConfig) -> int:
 
 
 class FluxTrainer:
-    """One training run: built in six steps, then `train()`."""
+    """One training run: built in six steps, then `train()`. All ranks make one and do the same."""
 
-    def __init__(self, config: JobConfig, folder: Path):
-        self.config, self.folder = config, folder
-        training, validation = config.training, config.validation
+    def __init__(self, config: JobConfig, folder: Path, layout: Layout):
+        self.config, self.folder, self.layout = config, folder, layout
+        training, validation, degrees = config.training, config.validation, layout.degrees
         self.step = 0  # finished updates
         self.cursor = 0  # positions that finished updates have used
-
-        self.device = build_device()
-        log_stage(1, STAGES, "mesh", f"1 process on {self.device.type}, {torch.get_num_threads()} threads")
+        self.device, self.dtype = layout.device, compute_dtype(config)
+        log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads")
 
         self.spec = SPECS[config.model.flavor]
-        self.update_size = max(training.global_batch_size, training.local_batch_size)
-        self.accumulation = self.update_size // training.local_batch_size
+        forward_size = training.local_batch_size * degrees.dp
+        self.update_size = max(training.global_batch_size, forward_size)
+        self.accumulation = self.update_size // forward_size
         tokenizer = build_tokenizer(config.encoder, training.test_mode)
-        self.loader = build_training_loader(config, self.spec, tokenizer, self.cursor)
-        arithmetic = f"{training.local_batch_size} per step x {self.accumulation} accumulated = {self.update_size}"
-        log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {arithmetic} per update")
+        data = (training, validation, config.encoder, self.spec, tokenizer, _seed(config), layout.dp_rank, degrees.dp)
+        self.loader = build_training_loader(*data, self.cursor)
+        dealt = f" x {degrees.dp} groups" if degrees.dp > 1 else ""
+        update = f"{training.local_batch_size} per step{dealt} x {self.accumulation} accumulated = {self.update_size}"
+        log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {update} per update")
 
-        self.encoders = build_encoders(config, self.spec, tokenizer, self.device)
+        self.encoders = build_encoders(config, self.spec, tokenizer, layout)
         log_stage(3, STAGES, "encoders", f"{self.encoders.describe()}, {config.encoder.dtype}")
         if training.dataset != "shapes" and self.encoders.codec.autoencoder.config != AutoencoderConfig():
-            log.warning(
-                "the tiny autoencoder blurs photographs: set encoder.autoencoder_path to FLUX.1's for real work"
-            )
+            log.warning("the tiny autoencoder blurs photographs: set encoder.autoencoder_path to FLUX.1's")
 
-        self.model = build_model(config, self.spec, self.device)
-        self.dtype = DTYPES[training.mixed_precision_param if training.dtype == "float32" else training.dtype]
+        self.plan = make_plan(self.spec.transformer)
+        self.model = build_model(config, self.spec, layout)
+        draw_weights(config, self.model, layout)
+        self.loss_sum = compile_loss(squared_error_sum, config.compile)
         tokens = (training.img_size // PIXELS_PER_TOKEN) ** 2
         self.flops_per_sample = training_flops(self.spec.transformer, tokens, config.encoder.max_t5_encoding_len)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        cost = f"{_with_unit(self.flops_per_sample)}FLOP per training sample"
-        log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {_name(self.dtype)}")
+        cost = f"{with_unit(self.flops_per_sample)}FLOP per training sample"
+        recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
 
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.optimizer = build_optimizer(group_by_mesh(self.model.parameters()), config.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
         log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
 
-        self.metrics = MetricsLogger(folder, config.metrics, asdict(config))
+        self.metrics = MetricsLogger(folder, config.metrics, asdict(config)) if layout.rank == 0 else None
         self.timer = StepTimer()
         self.validation_loader: Loader | None = None
         if validation.enable:
-            self.validation_loader = build_validation_loader(config, self.spec, tokenizer)
+            self.validation_loader = build_validation_loader(*data)
             self.prompts = (
                 load_prompts(validation.prompts_path, "validation.prompts_path")[: validation.save_img_count]
                 if validation.prompts_path
@@ -228,27 +214,27 @@ class FluxTrainer:
         log_stage(6, STAGES, "run", f"{folder}, new; {plan}")
 
     def predict(self, **inputs: Tensor | None) -> Tensor:
-        """The transformer's velocity, computed in self.dtype.
+        """The transformer's velocity of all tokens, on every rank; for sampling, without gradients."""
+        cp = self.layout.axis("cp")
+        return gather_sequence(self.model(**shard_sequence(inputs, self.plan.sequence_tensors, cp)), cp)
 
-        Weights kept in another dtype are rounded for the pass, and their gradients come back in their own: the mixed
-        precision of FSDP, without autocast's list of exceptions.
+    def squared_error(self, raw: RawBatch, weight_B: Tensor | None = None) -> Tensor:
+        """Batch -> sum of squared errors of the predicted velocity, over this rank's tokens of it.
+
+        Training and validation share these lines.
         """
-        if DTYPES[self.config.training.dtype] == self.dtype:
-            return self.model(**inputs)
-        rounded = {name: weight.to(self.dtype) for name, weight in self.model.named_parameters()}
-        return functional_call(self.model, rounded, kwargs=inputs)
-
-    def squared_error(self, raw: RawBatch) -> Tensor:
-        """Batch -> sum of squared errors of the predicted velocity. Training and validation share these lines."""
         raw = raw.to(self.device)
         encoded = self.encoders.encode(raw)
         inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
-        return squared_error_sum(self.predict(**inputs), target_BTC)
+        # Identity unless context parallel ranks share the tokens.
+        local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
+        local_target_BTC = local.pop("target_BTC")
+        return self.loss_sum(self.model(**local), local_target_BTC, weight_B)
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
-        """Gradients of one update, and its loss.
+        """Gradients of one update, and this rank's part of its loss.
 
-        Every micro-batch is divided by the element count of the whole update, so accumulation is exact.
+        Every part is divided by the element count of the whole update, so sums over micro-batches and ranks are exact.
         """
         loss = torch.zeros((), device=self.device)
         for _ in range(self.accumulation):
@@ -261,28 +247,35 @@ class FluxTrainer:
         return loss
 
     def train_step(self, batches: Iterator[RawBatch]) -> tuple[Tensor, Tensor]:
-        """One update. Returns its loss and the gradient norm before clipping, still on the device."""
+        """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
         self.optimizer.zero_grad()
         loss = self.forward_backward(batches)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        grad_norm = self.clip_gradients()
         self.optimizer.step()
         self.lr_scheduler.step()
+        after_update(self.model, self.config.model.converters, self.config.quantize)
         self.step += 1
         self.cursor += self.update_size
         self.timer.count(self.update_size)
         return loss, grad_norm
 
+    def clip_gradients(self) -> Tensor:
+        """Scales the gradients down to training.max_norm; their norm before that."""
+        return clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+
     def train(self) -> None:
         """Runs to training.steps, then exports the weights and draws the loss curve."""
         training, validation = self.config.training, self.config.validation
         batches = iter(self.loader)
-        steps = StepLog(training.steps)
+        steps = StepLog(training.steps, shown=self.layout.rank == 0)
         while self.step < training.steps:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
             steps.advance()
             if self.step == 1 or self._due(self.config.metrics.log_freq):
-                steps.report(self.step, self._log_step(loss.item(), grad_norm.item(), float(lr)))
+                steps.report(self.step, self._log_step(self.layout.sum(loss).item(), grad_norm.item(), float(lr)))
+            if self.step == 1:
+                self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 if validation.enable and self._due(validation.freq):
                     log.info("step %d: validation loss %.4f", self.step, self.validate())
@@ -296,9 +289,12 @@ class FluxTrainer:
         return freq > 0 and (self.step % freq == 0 or self.step == self.config.training.steps)
 
     def _finish(self) -> None:
-        metadata = {"flavor": self.spec.name, "step": str(self.step)}
         dtype = DTYPES[self.config.checkpoint.export_dtype]
-        path = save_export(self.folder / EXPORT_FOLDER, self.model.state_dict(), dtype, metadata)
+        state_dict = gather_state_dict(self.model, dtype, keep=self.metrics is not None)
+        if self.metrics is None:
+            return
+        metadata = {"flavor": self.spec.name, "step": str(self.step)}
+        path = save_export(self.folder / EXPORT_FOLDER, state_dict, dtype, metadata)
         self.metrics.close()
         save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
         log.info("done: weights in %s, loss curve in %s", path, self.folder / LOSS_CURVE)
@@ -306,23 +302,30 @@ class FluxTrainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean squared error over the held-out samples, with fixed noise and times."""
-        assert self.validation_loader is not None
-        total, elements = 0.0, 0
-        for raw in self.validation_loader:
-            total += self.squared_error(raw).item()
-            elements += raw.draws.noise_BTC.numel()
-        self.metrics.log(self.step, {"validation_loss": total / elements})
-        return total / elements
+        loader = self.validation_loader
+        assert loader is not None and loader.end is not None
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for raw in loader:
+            counts_B = raw.position_B < loader.end  # the rest fills up the last batches
+            total += self.squared_error(raw, counts_B.to(self.device, torch.float32))
+        reshard(self.model)
+        loss = self.layout.sum(total).item() / (loader.end * raw.draws.noise_BTC[0].numel())
+        if self.metrics:
+            self.metrics.log(self.step, {"validation_loss": loss})
+        return loss
 
     def draw_grid(self) -> str:
         """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right."""
-        validation, side = self.config.validation, self.config.training.img_size
+        validation, side, layout = self.config.validation, self.config.training.img_size, self.layout
+        # All groups draw equally many, since ranks wait for each other: the last prompt fills up.
+        share = -(-len(self.prompts) // layout.degrees.dp)
+        mine = [min(layout.dp_rank * share + place, len(self.prompts) - 1) for place in range(share)]
         pixels_BCHW = draw_pictures(
             self.predict,
             self.spec,
             self.encoders,
-            self.prompts,
-            seeds=list(range(len(self.prompts))),
+            [self.prompts[number] for number in mine],
+            seeds=mine,
             height=side,
             width=side,
             steps=validation.denoising_steps,
@@ -331,16 +334,19 @@ class FluxTrainer:
             batch_size=validation.local_batch_size,
             dtype=self.dtype,
         )
-        images = make_images(pixels_BCHW)
+        reshard(self.model)
+        pixels_BCHW = layout.gather_samples(pixels_BCHW.to(self.device))[: len(self.prompts)]
         path = self.folder / validation.save_img_folder / f"step-{self.step:06d}.png"
+        if self.metrics is None:
+            return str(path)
+        images = make_images(pixels_BCHW.cpu())
         save_grid(images, path)
         self.metrics.log_image(self.step, "samples", path)
         if not can_score(self.prompts):
             return str(path)
         scores = score_pictures(images, self.prompts)
         self.metrics.log(self.step, scores)
-        shares = [f"{name.removesuffix('_accuracy').replace('_', ' ')} {share:.0%}" for name, share in scores.items()]
-        return f"{path} has right {', '.join(shares)}"
+        return f"{path} has right {describe_scores(scores)}"
 
     def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
         values = {
@@ -352,7 +358,8 @@ class FluxTrainer:
             "memory_gib": peak_memory_gib(self.device.type),
         }
         values["tflops"] = values["samples_per_s"] * self.flops_per_sample / 1e12
-        self.metrics.log(self.step, values)
+        if self.metrics:
+            self.metrics.log(self.step, values)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {self.step}: the loss is {loss}: lower optimizer.lr={self.config.optimizer.lr:g} or"
@@ -361,34 +368,33 @@ class FluxTrainer:
         return values
 
 
-def _with_unit(number: float) -> str:
-    unit, size = next(((unit, size) for unit, size in (("T", 1e12), ("G", 1e9)) if number >= size), ("M", 1e6))
-    return f"{number / size:.3g} {unit}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def main(argv: list[str]) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     setup_logging(rank)
     with recorded_exit(rank, EXIT_CODES) as end:
-        config = load_config(argv)
+        config = load_config(argv, world_size, quiet=rank > 0)
+        if config.comm.mode == "fake_backend":
+            raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
+        if config.debug.deterministic:
+            apply_determinism(config.debug.deterministic_warn_only)
+        layout = build_run_layout(config, world_size)
+        end.may_speak = layout.is_first_to_fail
         if config.debug.seed is None:
-            config = replace(config, debug=replace(config.debug, seed=secrets.randbelow(2**32)))
-        build_device()  # refuses what cannot run before a folder is made
-        end.folder = claim_run_folder(config.job.dump_folder)
-        if end.folder != Path(config.job.dump_folder):
-            log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
-        save_config(config, end.folder / CONFIG_FILE)
-        if config.job.print_config:
-            log.info("%s", format_config(config))
-        trainer = FluxTrainer(config, end.folder)
+            seed = int(layout.from_rank_0("seed", lambda: str(secrets.randbelow(2**32))))
+            config = replace(config, debug=replace(config.debug, seed=seed))
+        end.folder = Path(layout.from_rank_0("folder", lambda: str(claim_run_folder(config.job.dump_folder))))
+        if rank == 0:
+            if end.folder != Path(config.job.dump_folder):
+                log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
+            save_config(config, end.folder / CONFIG_FILE)
+            if config.job.print_config:
+                log.info("%s", format_config(config))
+        trainer = FluxTrainer(config, end.folder, layout)
         try:
             trainer.train()
         finally:
             end.step = trainer.step
+        close_layout(layout)
 
 
 if __name__ == "__main__":

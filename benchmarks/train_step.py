@@ -29,8 +29,11 @@ from flux.flow import squared_error_sum
 from flux.model import FluxTransformer
 from flux.positions import image_ids, text_ids
 from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
+from parallel.config import ActivationCheckpoint
+from parallel.degrees import Degrees
+from parallel.mesh import Layout
 from runtime.config import Debug
-from train import build_model
+from train import build_model, draw_weights
 
 Step = Callable[[], Tensor]  # one training step; returns the prediction
 
@@ -66,8 +69,14 @@ def make_batch(spec: ModelSpec, args: argparse.Namespace, device: torch.device, 
 
 def build_native(spec: ModelSpec, device: torch.device, dtype: Literal["float32", "bfloat16"]) -> FluxTransformer:
     """The model with random weights everywhere: fresh training weights hold zeros, which no later step sees."""
-    config = JobConfig(training=Training(dtype=dtype, mixed_precision_param=dtype), debug=Debug(seed=0))
-    model = build_model(config, spec, device)
+    config = JobConfig(
+        training=Training(dtype=dtype, mixed_precision_param=dtype),
+        activation_checkpoint=ActivationCheckpoint(mode="none"),
+        debug=Debug(seed=0),
+    )
+    layout = Layout(Degrees(), device)
+    model = build_model(config, spec, layout)
+    draw_weights(config, model, layout)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,17 +5,16 @@ from pathlib import PurePath
 
 from config.job_config import JobConfig
 from config.keys import show
+from config.layout_checks import Finding, find_layout_faults, find_technique_faults
 from flux.config import DataLoader
 from flux.spec import PIXELS_PER_TOKEN, SPECS
 
-# Names of the keys that a rule is about, and the message with key, value, rule and remedy.
-Finding = tuple[tuple[str, ...], str]
 
-
-def find_faults(config: JobConfig) -> Iterator[Finding]:
-    """Combinations that cannot be trained as they stand."""
+def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    """Combinations that cannot be trained as they stand, on `world_size` processes if that is known."""
     yield from _picture_size(config)
-    yield from _batch(config)
+    yield from find_layout_faults(config, world_size)
+    yield from find_technique_faults(config)
     yield from _data(config)
     yield from _loader("training.dataloader", config.training.dataloader)
     yield from _loader("validation.dataloader", config.validation.dataloader)
@@ -55,18 +54,6 @@ def _picture_size(config: JobConfig) -> Iterator[Finding]:
         yield (
             ("training.img_size",),
             f"training.img_size={size} must be a multiple of {PIXELS_PER_TOKEN}: {choices}",
-        )
-
-
-def _batch(config: JobConfig) -> Iterator[Finding]:
-    whole, local = config.training.global_batch_size, config.training.local_batch_size
-    if whole != -1 and whole % local:
-        below = whole - whole % local
-        choices = f"{below}, {below + local}" if below else f"{local}"
-        yield (
-            ("training.global_batch_size", "training.local_batch_size"),
-            f"training.global_batch_size={whole} must be a multiple of training.local_batch_size={local} "
-            f"(one process): use {choices}, or -1 to update after every forward pass",
         )
 
 

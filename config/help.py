@@ -9,7 +9,7 @@ from config.job_config import JobConfig
 from config.keys import KEYS, Key, show
 
 _WIDTH = 110
-_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
 
 _HEAD = """\
 usage: ./run_train.sh [--section.key value ...]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from checkpoint.config import Checkpoint
 from flux.config import Encoder, Model, Training, Validation
+from parallel.config import ActivationCheckpoint, Comm, Compile, Parallelism, Quantize
 from runtime.config import Debug, Job
 from training.config import LRScheduler, Metrics, Optimizer
 
@@ -20,5 +21,10 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     validation: Validation = field(default_factory=Validation)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
+    comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     debug: Debug = field(default_factory=Debug)

@@ -99,10 +99,14 @@ class Key:
             raise ValueError(f"{shown} must be {_WANTED[self.kind]}{self._quotes_hint(value)}")
         if self.kind is str and not _is_unicode(value):
             raise ValueError(f"{shown} is not Unicode text: write it in UTF-8")
-        if self.choices and value not in self.choices:
-            nearest = get_close_matches(value, self.choices, n=1)
-            hint = f" - did you mean {show(nearest[0])}?" if nearest else ":"
-            raise ValueError(f"{shown} is not a known choice{hint} use {self.rule}")
+        if self.kind is list and any(type(item) is not str for item in value):
+            raise ValueError(f"{shown} must be {_WANTED[list]}")
+        for item in value if self.kind is list else [value]:
+            if self.choices and item not in self.choices:
+                nearest = get_close_matches(item, self.choices, n=1)
+                hint = f" - did you mean {show(nearest[0])}?" if nearest else ":"
+                named = f"{show(item)} in {self.name}" if self.kind is list else shown
+                raise ValueError(f"{named} is not a known choice{hint} use {self.rule}")
         if self.kind is float and not math.isfinite(value):
             raise ValueError(f"{shown} is not finite{must_be}")
         if self.kind is int and abs(value) >= 2**63:

@@ -20,13 +20,15 @@ class ConfigError(ValueError):
     """Everything that is wrong with a configuration; its text is the complete list, one error per line."""
 
 
-def load_config(argv: list[str]) -> JobConfig:
+def load_config(argv: list[str], world_size: int | None = None, quiet: bool = False) -> JobConfig:
     """The configuration that a command line asks for; warnings go to stderr.
 
     Args:
         argv: `--section.key value`, `--section.key=value` or `--section.key` for true; among them
             `--job.config_file FILE`. The command line wins over the file, a later option over an earlier one.
             `--help` prints every key and exits with 0.
+        world_size: number of processes that train; None: not known here, and what depends on it is not checked.
+        quiet: keep the warnings back: all processes of a run have the same ones.
 
     Raises:
         ConfigError: with all errors of file and command line.
@@ -34,13 +36,13 @@ def load_config(argv: list[str]) -> JobConfig:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         raise SystemExit(0)
-    config, warnings = parse(argv)
-    for warning in warnings:
+    config, warnings = parse(argv, world_size)
+    for warning in [] if quiet else warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return config
 
 
-def parse(argv: list[str]) -> tuple[JobConfig, list[str]]:
+def parse(argv: list[str], world_size: int | None = None) -> tuple[JobConfig, list[str]]:
     """As `load_config`, but hands the warnings back instead of printing them."""
     entries, faults = read_command_line(argv)
     file_faults: list[Fault] = []
@@ -67,7 +69,7 @@ def parse(argv: list[str]) -> tuple[JobConfig, list[str]]:
             without_effect.append(entry.name)
 
     config = _build(JobConfig, "", values)
-    for names, text in find_faults(config):
+    for names, text in find_faults(config, world_size):
         # A rule about a key whose value could not be read would only be about its default.
         if broken.isdisjoint(names) and not file_is_lost:
             faults.append((max((places[name] for name in names if name in places), default=DEFAULTS), text))

@@ -5,10 +5,11 @@ Which is which is decided by the configuration key and checked against `config.j
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,8 +98,19 @@ _CLIP = _Kind(
 )
 
 
+class Sharding(NamedTuple):
+    """How a frozen model is split over processes, handed in by who knows of processes."""
+
+    split: Callable[[nn.Module, Sequence[nn.Module]], None]  # (model, its blocks), in place, before it has weights
+    copy_: Callable[[Tensor, Tensor], object]  # (parameter, whole tensor): what this process keeps of it
+
+
 def build_conditioner(
-    encoder: Encoder, transformer: TransformerConfig, test_mode: bool, device: torch.device | str
+    encoder: Encoder,
+    transformer: TransformerConfig,
+    test_mode: bool,
+    device: torch.device | str,
+    t5_sharding: Sharding | None = None,
 ) -> T5ClipConditioner:
     """The frozen text encoders of a run.
 
@@ -108,6 +120,7 @@ def build_conditioner(
         test_mode: True builds randomly initialized one-layer encoders of these widths for the tiny tokenizers, always
             the same ones, whatever the section names.
         device: where the encoders live.
+        t5_sharding: splits T5, which is 38 times CLIP's size, over processes. None: this one holds all of it.
 
     Raises:
         ValueError: names the key, the folder, what is wrong with it and the remedy.
@@ -116,14 +129,20 @@ def build_conditioner(
     if test_mode:
         t5, clip = _random_encoders(transformer)
         t5, clip = t5.to(device, dtype), clip.to(device, dtype)
+        if t5_sharding is not None:
+            t5_sharding.split(t5, list(t5.encoder.block))
     else:
-        t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, device)
+        t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, device, t5_sharding)
         clip = load_clip(resolve_clip(encoder.clip_encoder).weights, transformer, dtype, device)
     return T5ClipConditioner(t5, clip, encoder.mask_padding)
 
 
 def load_t5(
-    folder: Path, transformer: TransformerConfig, dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    transformer: TransformerConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    sharding: Sharding | None = None,
 ) -> T5EncoderModel:
     """T5 encoder from safetensors files of an encoder or of a complete T5, whose decoder is left out.
 
@@ -132,11 +151,12 @@ def load_t5(
         transformer: its context_dim must be the encoder's width.
         dtype: of the weights.
         device: "meta" checks everything and reads no weight.
+        sharding: each process keeps its part and, while loading, one whole tensor more.
 
     Raises:
         ValueError: names `encoder.t5_encoder`, the folder, what is wrong with it and the remedy.
     """
-    return _load(_T5, folder, transformer, dtype, device)
+    return _load(_T5, folder, transformer, dtype, device, sharding)
 
 
 def load_clip(
@@ -158,7 +178,14 @@ def load_clip(
     return model
 
 
-def _load(kind: _Kind, folder: Path, transformer: TransformerConfig, dtype: torch.dtype, device: torch.device | str):
+def _load(
+    kind: _Kind,
+    folder: Path,
+    transformer: TransformerConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    sharding: Sharding | None = None,
+):
     config = _read_config(kind, folder)
     _check_width(kind, folder, config, transformer)
     try:
@@ -172,11 +199,14 @@ def _load(kind: _Kind, folder: Path, transformer: TransformerConfig, dtype: torc
         _check_weights(kind, folder, model, sources)
         if torch.device(device).type == "meta":
             return model
+        if sharding is not None:
+            sharding.split(model, list(model.encoder.block))
         model.to_empty(device=device)
         _tie(model)
+        copy_ = Tensor.copy_ if sharding is None else sharding.copy_
         with torch.no_grad():
             for name, parameter in model.named_parameters():  # one at a time: the peak is the model itself
-                parameter.copy_(sources[name.removeprefix(kind.prefix)].read())
+                copy_(parameter, sources[name.removeprefix(kind.prefix)].read())
     _fill_buffers(model)
     return model
 

@@ -17,6 +17,11 @@ class Model:
 
     name: Annotated[Literal["flux"], "the model family"] = "flux"
     flavor: Annotated[str, "sizes and switches of the transformer (flux/spec.py)", tuple(SPECS)] = "flux-tiny"
+    converters: Annotated[
+        list[str],
+        "what replaces linear layers before training; each is set up in its section",
+        ("quantize.linear.float8", "quantize.linear.mx"),
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Training:
     dataset_path: Annotated[
         str | None, "where the pictures are, for every data set that is read from disk", "[1, inf)"
     ] = None
-    local_batch_size: Annotated[int, "samples per process and forward pass", "[1, inf)"] = 8
+    local_batch_size: Annotated[
+        int, "samples per forward pass of each process, or of each group that shares samples", "[1, inf)"
+    ] = 8
     global_batch_size: Annotated[
         int, "samples per update, reached by accumulating gradients; -1: no accumulation", "-1 or [1, inf)"
     ] = -1
@@ -70,6 +77,12 @@ class Training:
     steps: Annotated[int, "number of updates", "[1, inf)"] = 10_000
     dtype: Annotated[Dtype, "number format in which weights and optimizer states are kept"] = "float32"
     mixed_precision_param: Annotated[Dtype, "number format in which the transformer computes"] = "bfloat16"
+    mixed_precision_reduce: Annotated[
+        Dtype, "number format in which gradients are summed over processes; bfloat16 halves what is sent"
+    ] = "float32"
+    enable_cpu_offload: Annotated[
+        bool, "keep weights, gradients and optimizer states in the CPU's memory and update them there"
+    ] = False
     classifier_free_guidance_prob: Annotated[
         float, "probability that a prompt is replaced by the empty one, which classifier-free guidance needs", "[0, 1]"
     ] = 0.0
@@ -103,7 +116,7 @@ class Validation:
     ] = None
     local_batch_size: Annotated[int, "samples per process and forward pass", "[1, inf)"] = 8
     freq: Annotated[int, "steps from one validation loss to the next", "[1, inf)"] = 10
-    steps: Annotated[int, "batches per validation loss; -1: all samples", "-1 or [1, inf)"] = -1
+    steps: Annotated[int, "batches per validation loss, dealt to all processes; -1: all samples", "-1 or [1, inf)"] = -1
     enable_classifier_free_guidance: Annotated[bool, "draw the picture grid with classifier-free guidance"] = False
     classifier_free_guidance_scale: Annotated[float, "strength of that guidance; 1 is none", "[0, inf)"] = 5.0
     denoising_steps: Annotated[int, "Euler steps per picture of the grid", "[1, inf)"] = 50

@@ -36,3 +36,9 @@ def training_flops(config: TransformerConfig, image_tokens: int, text_tokens: in
     time_in, guidance_in and vector_in (0.03 % for FLUX.1 at 256 px). Published figures count them too.
     """
     return 3 * forward_flops(config, image_tokens, text_tokens)
+
+
+def with_unit(number: float) -> str:
+    """A count of FLOPs for people, to be followed by FLOP: `20.4 T`."""
+    unit, size = next(((unit, size) for unit, size in (("T", 1e12), ("G", 1e9)) if number >= size), ("M", 1e6))
+    return f"{number / size:.3g} {unit}"

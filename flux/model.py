@@ -10,6 +10,7 @@ Names end in their dims (legend: flux/batch.py). Inside a block heads stay where
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -348,14 +349,23 @@ def rotate(x_BSNK: Tensor, rotary: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(model: FluxTransformer, seed: int) -> None:
+def init_weights(
+    model: nn.Module,
+    seed: int,
+    device: torch.device | str = "cpu",
+    copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
     """Set every parameter in place, as MLPerf's FLUX.1 reference does.
 
-    Each parameter's numbers are keyed by its name, so they do not depend on the order or place of initialization.
+    Each parameter's numbers are keyed by its name, so they do not depend on the order or place of initialization. They
+    are drawn whole, one parameter at a time, and `copy_(parameter, value)` takes from them what this process keeps.
+
+    Args:
+        device: where the numbers are drawn; CPUs and GPUs draw different ones.
     """
     for name, parameter in model.named_parameters():
-        value = torch.empty_like(parameter, dtype=torch.float32)
-        generator = keyed_generator(seed, "init", name, parameter.device)
+        value = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        generator = keyed_generator(seed, "init", name, device)
         if name.endswith("norm.weight"):
             value.fill_(1.0)
         elif name.endswith(".bias") or "_mod." in name or "modulation" in name or name.startswith("final_layer."):
@@ -364,4 +374,4 @@ def init_weights(model: FluxTransformer, seed: int) -> None:
             value.normal_(std=0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(value, generator=generator)
-        parameter.copy_(value)
+        copy_(parameter, value)

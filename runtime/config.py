@@ -26,3 +26,7 @@ class Debug:
         "seed of the weights, the data order and every draw; not set: one is drawn and written to the resolved file",
         "[0, 9223372036854775807]",
     ] = None
+    deterministic: Annotated[
+        bool, "only operations that give the same bits each time; an operation that cannot ends the run"
+    ] = False
+    deterministic_warn_only: Annotated[bool, "debug.deterministic warns of such an operation and goes on"] = False

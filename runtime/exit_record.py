@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,9 @@ class RunEnd:
     rank: int
     folder: Path | None = None  # None: there is no run folder yet
     step: int = 0  # the last finished step
+    # Whether this rank says what went wrong. Until ranks can talk to each other only rank 0 does: what fails before,
+    # the configuration, fails on all of them.
+    may_speak: Callable[[], bool] | None = None
 
 
 @contextmanager
@@ -59,7 +62,7 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
         try:
             yield end
         except (Exception, KeyboardInterrupt, Terminated) as error:
-            code, reason = _explain(error, codes)
+            code, reason = _explain(error, codes, end.may_speak() if end.may_speak else rank == 0)
             write_exit_record(end.folder, code, reason, end.step, rank)
             raise SystemExit(code) from None
         if rank == 0:
@@ -94,8 +97,8 @@ def _raise_terminated(signal_number: int, frame: object) -> None:
     raise Terminated
 
 
-def _explain(error: BaseException, codes: Mapping[type[Exception], int]) -> tuple[int, str]:
-    """Shows the error on stderr and returns its exit code and reason."""
+def _explain(error: BaseException, codes: Mapping[type[Exception], int], shown: bool) -> tuple[int, str]:
+    """The exit code of an error and its reason, which goes to stderr when this rank has the word."""
     if isinstance(error, KeyboardInterrupt):
         code, reason = exit_codes.INTERRUPTED, "interrupted by Ctrl-C"
     elif isinstance(error, Terminated):
@@ -104,10 +107,12 @@ def _explain(error: BaseException, codes: Mapping[type[Exception], int]) -> tupl
         origin, message = _origin_and_message(error)
         known = [code for kind, code in codes.items() if isinstance(error, kind)]
         if not known or not _is_ours(origin):
-            write_stderr("".join(traceback.format_exception(error)).rstrip())
+            if shown:
+                write_stderr("".join(traceback.format_exception(error)).rstrip())
             return exit_codes.ERROR, f"{type(error).__name__}: {message}"
         code, reason = known[0], message
-    write_stderr(reason)
+    if shown:
+        write_stderr(reason)
     return code, reason
 
 

@@ -4,7 +4,9 @@ Every room logs through Python's `logging`; only what is set up here decides whe
 """
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Mapping
 
 from tqdm import tqdm
@@ -38,12 +40,18 @@ class _Formatter(logging.Formatter):
 
 
 def setup_logging(rank: int) -> None:
-    """Rank 0 shows what the rooms tell (INFO and above), the others only warnings. Libraries: warnings only."""
+    """The ranks in $LOG_RANK (0) show what the rooms tell, INFO and above, and libraries' warnings; the others, errors.
+
+    All ranks do the same, so one of them tells it all; what goes wrong on a single one is an error.
+    """
+    shown = str(rank) in os.environ.get("LOG_RANK", "0").split(",")
     handler = _StderrHandler()
     handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING if shown else logging.ERROR, handlers=[handler], force=True)
     for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.INFO if shown else logging.ERROR)
+    if not shown:
+        warnings.simplefilter("ignore")
 
 
 def log_stage(number: int, total: int, name: str, text: str) -> None:
@@ -56,12 +64,13 @@ class StepLog:
 
     Args:
         steps: number of the last step.
+        shown: False on processes that only keep rank 0 company.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, shown: bool = True):
         self._steps = steps
         self._bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def advance(self) -> None:

@@ -10,10 +10,15 @@ from training.config import Optimizer
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], section: Optimizer) -> torch.optim.Optimizer:
-    """Adam or AdamW over all parameters, in the implementation that `[optimizer]` names."""
+def build_optimizer(groups: Iterable[list[nn.Parameter]], section: Optimizer) -> torch.optim.Optimizer:
+    """Adam or AdamW, the same for all groups of parameters, in the implementation that `[optimizer]` names.
+
+    Args:
+        groups: parameters that one call of a fused or foreach implementation can take together.
+        section: [optimizer].
+    """
     return OPTIMIZERS[section.name](
-        parameters,
+        [{"params": group} for group in groups],
         lr=section.lr,
         betas=(section.beta1, section.beta2),
         eps=section.eps,

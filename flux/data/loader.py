@@ -5,6 +5,7 @@ number of positions that finished steps have used; the loader's own state is nev
 number of workers changes.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def collate(items: list[_Item | DataError]) -> RawBatch | DataError:
 class PositionBatches:
     """Batches of positions, dealt so that every update uses the next `global_batch_size` positions on any layout.
 
-    Within an update the positions go first over accumulation, then over ranks, then over the local batch.
+    Within an update the positions go first over accumulation, then over ranks, then over the local batch. Every rank
+    gets equally many full batches, since ranks wait for each other; what lies beyond `end` only fills up the last ones.
     """
 
     def __init__(
@@ -174,11 +176,12 @@ class PositionBatches:
         self.end = end  # None: endless
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self.cursor + self.dp_rank * self.local_batch_size
-        while self.end is None or start < self.end:
-            stop = start + self.local_batch_size
-            yield list(range(start, stop if self.end is None else min(stop, self.end)))
-            start += self.dp_degree * self.local_batch_size
+        step = self.dp_degree * self.local_batch_size
+        for round_start in itertools.count(self.cursor, step):
+            if self.end is not None and round_start >= self.end:
+                return
+            start = round_start + self.dp_rank * self.local_batch_size
+            yield list(range(start, start + self.local_batch_size))
 
 
 class Loader:
@@ -186,6 +189,7 @@ class Loader:
 
     def __init__(self, dataset: PositionedDataset, batches: PositionBatches, section: DataLoaderSection):
         self.dataset = dataset
+        self.end = batches.end  # positions from here on only fill up batches and do not count; None: there are none
         workers = section.num_workers
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*set_vital", UserWarning)  # torchdata calls what torch has deprecated

@@ -78,3 +78,9 @@ def score_pictures(images: list[Image.Image], captions: list[str]) -> dict[str, 
         f"{name}_accuracy": sum(seen[index] == wanted[index] for seen, wanted in pairs) / len(pairs)
         for name, index in properties.items()
     }
+
+
+def describe_scores(scores: dict[str, float]) -> str:
+    """For people: `background color 100%, shape 97%`."""
+    names = (name.removesuffix("_accuracy").replace("_", " ") for name in scores)
+    return ", ".join(f"{name} {share:.0%}" for name, share in zip(names, scores.values(), strict=True))

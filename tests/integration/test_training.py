@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 
 from config.parse import load_config
 from flux.batch import RawBatch
+from flux.data.build import build_training_loader, build_validation_loader
 from flux.data.tokenizers import build_tokenizer
 from flux.spec import SPECS
+from parallel.degrees import Degrees
+from parallel.mesh import Layout
 from tests.integration.short_runs import TINY, Run
-from train import FluxTrainer, build_encoders, build_training_loader, build_validation_loader, main
+from train import FluxTrainer, build_encoders, main
 
 ACCUMULATION_TOLERANCE = 1e-6  # relative; fp32 sums in another order
 ENCODER_TOLERANCE = 1e-5  # fp32 matrix products block their sums differently at other batch sizes
@@ -141,8 +144,9 @@ def load_batch(batch_size: int) -> tuple[RawBatch, object]:
     config = load_config([*TINY, f"--training.local_batch_size={batch_size}"])
     spec = SPECS["flux-tiny"]
     tokenizer = build_tokenizer(config.encoder, False)
-    encoders = build_encoders(config, spec, tokenizer, torch.device("cpu"))
-    return next(iter(build_training_loader(config, spec, tokenizer, 0))), encoders
+    encoders = build_encoders(config, spec, tokenizer, Layout(Degrees(), torch.device("cpu")))
+    data = (config.training, config.validation, config.encoder, spec, tokenizer, 0, 0, 1)
+    return next(iter(build_training_loader(*data, cursor=0))), encoders
 
 
 def test_encoder_outputs_do_not_depend_on_the_batch_size():
@@ -159,7 +163,7 @@ def test_encoder_outputs_do_not_depend_on_the_batch_size():
 
 def test_training_and_validation_share_the_same_lines(tmp_path):
     config = load_config([*TINY, f"--job.dump_folder={tmp_path}"])
-    trainer = FluxTrainer(config, tmp_path)
+    trainer = FluxTrainer(config, tmp_path, Layout(Degrees(), torch.device("cpu")))
     batches = list(trainer.validation_loader)
     with torch.no_grad():
         errors = sum(trainer.squared_error(raw).item() for raw in batches)
@@ -171,7 +175,10 @@ def test_a_few_held_out_pictures_are_shown_at_every_time(tmp_path):
         Image.new("RGB", (40, 40), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"picture {number}")
     config = load_config([*TINY, "--training.dataset=imagefolder", f"--training.dataset_path={tmp_path}"])
-    loader = build_validation_loader(config, SPECS["flux-tiny"], build_tokenizer(config.encoder, False))
+    tokenizer = build_tokenizer(config.encoder, False)
+    loader = build_validation_loader(
+        config.training, config.validation, config.encoder, SPECS["flux-tiny"], tokenizer, 0, 0, 1
+    )
     times = sorted(t for raw in loader for t in raw.draws.t_B.tolist())
     assert times == [(k + 0.5) / 8 for k in range(8)]
 

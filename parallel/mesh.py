@@ -1,0 +1,160 @@
+"""Degrees -> process groups: which ranks share what, and the little that ranks tell each other outside of the model."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.config import Comm
+from parallel.degrees import Degrees
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands among the others."""
+
+    degrees: Degrees
+    device: torch.device
+    rank: int = 0
+    weights: DeviceMesh | None = None  # dp_replicate x fsdp x tp: who holds which part of a parameter
+    samples: DeviceMesh | None = None  # dp x cp x tp: who works on which samples and tokens
+    encoder: DeviceMesh | None = None  # dp_replicate x replica: all ranks of one copy share the frozen text encoder
+
+    def describe(self) -> str:
+        """Such as `8 ranks = dp_replicate 2 x dp_shard 2 x cp 2, gloo on cpu`."""
+        kind = self.device.type
+        if self.degrees.world == 1:
+            return f"1 process on {kind}"
+        return f"{self.degrees.world} ranks = {self.degrees}, {'nccl' if kind == 'cuda' else 'gloo'} on {kind}"
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the `degrees.dp` groups of samples this rank works on."""
+        return self.rank // (self.degrees.cp * self.degrees.tp)
+
+    def axis(self, name: str) -> DeviceMesh | None:
+        """The ranks along cp or tp; None when this one is alone."""
+        if getattr(self.degrees, name) == 1:
+            return None
+        assert self.samples is not None and self.weights is not None
+        return self.weights["tp"] if name == "tp" else self.samples[name]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all ranks that hold different samples or tokens; tp ranks hold the same."""
+        if self.degrees.dp * self.degrees.cp > 1:
+            assert self.samples is not None
+            value = value.clone()
+            for name in ("dp", "cp"):
+                dist.all_reduce(value, group=self.samples[name].get_group())
+        return value
+
+    def gather_samples(self, value: Tensor) -> Tensor:
+        """Concatenation along dim 0 of what the groups of samples hold, in the order of their ranks."""
+        if self.degrees.dp == 1:
+            return value
+        assert self.samples is not None
+        parts = [torch.empty_like(value) for _ in range(self.degrees.dp)]
+        dist.all_gather(parts, value.contiguous(), group=self.samples["dp"].get_group())
+        return torch.cat(parts)
+
+    def from_rank_0(self, name: str, make: Callable[[], str]) -> str:
+        """What rank 0 makes, on every rank. When it fails there, the others end with it and leave the word to it."""
+        if self.degrees.world == 1:
+            return make()
+        store = dist.distributed_c10d._get_default_store()
+        if self.rank:
+            kind, _, text = store.get(name).decode().partition(":")
+            if kind != "value":
+                raise SystemExit(1)
+            return text
+        try:
+            text = make()
+        except BaseException:
+            store.set(name, "failed:")
+            raise
+        store.set(name, f"value:{text}")
+        return text
+
+    def is_first_to_fail(self) -> bool:
+        """True on the first rank that asks: it says what happened, the others mostly fail because of it."""
+        if self.degrees.world == 1 or not dist.is_initialized():
+            return True
+        try:
+            return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+        except RuntimeError:  # the process that keeps the store is gone
+            return True
+
+    def set_timeout(self, seconds: int) -> None:
+        """Limit on every communication from here on."""
+        for group in list(dist.distributed_c10d._world.pg_map) if self.weights is not None else []:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def choose_device() -> torch.device:
+    """The accelerator of this process if there is one, else the CPU.
+
+    Raises:
+        ValueError: more processes than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"{local_rank + 1} processes on a machine with {gpus} GPUs: use NGPU={gpus} or less")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_layout(degrees: Degrees, comm: Comm, needs_groups: bool) -> Layout:
+    """Joins the other processes and gives every group of ranks its name.
+
+    Args:
+        degrees: the layout, whose product is WORLD_SIZE.
+        comm: [comm].
+        needs_groups: a single process makes groups, of itself alone, only on demand: mixed precision is FSDP's work.
+    """
+    fake = comm.mode == "fake_backend"
+    device = torch.device("cpu") if fake else choose_device()
+    if degrees.world == 1 and not needs_groups and not fake:
+        return Layout(degrees, device)
+    if not dist.is_initialized():
+        _init_process_group(degrees.world, device, comm, fake)
+
+    def mesh(**axes: int) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    return Layout(
+        degrees,
+        device,
+        rank=dist.get_rank(),
+        weights=mesh(dp_replicate=degrees.dp_replicate, fsdp=degrees.fsdp, tp=degrees.tp),
+        samples=mesh(dp=degrees.dp, cp=degrees.cp, tp=degrees.tp),
+        encoder=mesh(dp_replicate=degrees.dp_replicate, replica=degrees.fsdp * degrees.tp),
+    )
+
+
+def _init_process_group(world_size: int, device: torch.device, comm: Comm, fake: bool) -> None:
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if fake:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    elif world_size == 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        # On GPUs gloo stands by for what is kept on the CPU: offloaded gradients.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def close_layout(layout: Layout) -> None:
+    """Leaves the other processes in good order."""
+    if layout.weights is not None and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""THE order in which techniques are applied to a model, all in place and by module name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.compile import apply_compile
+from parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
+from parallel.context_parallel import apply_context_parallel
+from parallel.data_parallel import apply_fsdp
+from parallel.mesh import Layout
+from parallel.names import find_modules
+from parallel.quantize import apply_converters
+from parallel.tensor_parallel import apply_tensor_parallel
+
+
+class Plan(Protocol):
+    """What must be known of a model, as module-name patterns; flux/plans.py explains the fields."""
+
+    @property
+    def blocks(self) -> Sequence[str]: ...
+    @property
+    def attention(self) -> str: ...
+    @property
+    def column(self) -> Mapping[str, int]: ...
+    @property
+    def row(self) -> Mapping[str, int]: ...
+    @property
+    def head_norms(self) -> Sequence[str]: ...
+    @property
+    def quantized(self) -> Sequence[str]: ...
+    @property
+    def precise_weight_gradients(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """The settings of everything that parallelize applies."""
+
+    parallelism: Parallelism
+    activation_checkpoint: ActivationCheckpoint
+    compile: Compile
+    quantize: Quantize
+    converters: Sequence[str]
+    param_dtype: torch.dtype  # of the computation
+    reduce_dtype: torch.dtype  # in which gradients are summed over ranks
+    cpu_offload: bool
+
+
+def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techniques) -> None:
+    """Makes a single-device model on the meta device one that trains on `layout`.
+
+    1. Quantization replaces linear layers, so it comes before whatever looks at them.
+    2. Tensor parallel replaces linear layers by parts of them; everything later sees a rank's own part.
+    3. Context parallel replaces attention, which recomputation then repeats or keeps.
+    4. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
+    5. Compilation takes each block as it is by then, as one graph.
+    6. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
+       pass and once for the backward pass, recomputation included.
+    """
+    blocks = list(find_modules(model, plan.blocks).values())
+    if techniques.converters:
+        apply_converters(
+            model,
+            techniques.converters,
+            techniques.quantize,
+            plan.quantized,
+            plan.precise_weight_gradients,
+            layout.device.type,
+        )
+    if (tp := layout.axis("tp")) is not None:
+        apply_tensor_parallel(model, tp, plan.column, plan.row, plan.head_norms)
+    if (cp := layout.axis("cp")) is not None:
+        apply_context_parallel(model, plan.attention, cp, techniques.parallelism.context_parallel_method)
+    apply_activation_checkpoint(blocks, techniques.activation_checkpoint)
+    apply_compile(blocks, techniques.compile)
+    mixed = any(parameter.dtype != techniques.param_dtype for parameter in model.parameters())
+    if layout.degrees.dp * layout.degrees.cp > 1 or mixed or techniques.cpu_offload:
+        assert layout.weights is not None
+        apply_fsdp(
+            model,
+            blocks,
+            layout.weights["dp_replicate", "fsdp"],
+            techniques.parallelism,
+            techniques.param_dtype,
+            techniques.reduce_dtype,
+            techniques.cpu_offload,
+        )

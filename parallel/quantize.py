@@ -1,0 +1,220 @@
+"""Matrix products in 8 bits, through torchao: float8 (arXiv 2209.05433) and MXFP8 (arXiv 2310.10537).
+
+Weights stay in their own dtype; each product casts its operands, with scales that it takes from them. Layers are
+replaced by ones that hold the same parameters under the same names. torchao takes seconds to import and is imported
+only when it is used.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from parallel.config import MX, Float8, Quantize
+from parallel.names import matches
+
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
+
+FLOAT8, MXFP8 = "quantize.linear.float8", "quantize.linear.mx"  # the names that model.converters may hold
+# What 8-bit matrix units can multiply: sizes in multiples of this, tokens included where the weight gradient is 8-bit.
+SIZE_MULTIPLE = {FLOAT8: 16, MXFP8: 32}
+
+_Filter = Callable[[nn.Module, str], bool]
+
+
+def apply_converters(
+    model: nn.Module,
+    converters: Sequence[str],
+    section: Quantize,
+    include: Collection[str],
+    keep_weight_gradient: Collection[str],
+    device_type: str,
+) -> list[str]:
+    """Makes linear layers compute in 8 bits, in place. Returns the names of those that do.
+
+    Layers whose sizes no 8-bit unit takes, and those that `filter_fqns` names, stay as they are.
+
+    Args:
+        model: on the meta device or materialized.
+        converters: FLOAT8, MXFP8, or none.
+        include: patterns of the names of layers that may be converted.
+        keep_weight_gradient: patterns of those whose weight gradient is not computed in 8 bits.
+
+    Raises:
+        ValueError: see check_converters; or there is no layer to convert.
+    """
+    check_converters(converters, section, device_type)
+    converted: list[str] = []
+    for converter in converters:
+        settings = section.linear.float8 if converter == FLOAT8 else section.linear.mx
+        names = {
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear
+            and any(matches(name, pattern) for pattern in include)
+            and not any(part in name for part in settings.filter_fqns)
+            and all(size % SIZE_MULTIPLE[converter] == 0 for size in module.weight.shape)
+        }
+        if not names:
+            raise ValueError(
+                f"{converter} finds no layer to convert: {converter}.filter_fqns={settings.filter_fqns} must leave "
+                f"some whose sizes are multiples of {SIZE_MULTIPLE[converter]}, or leave it out of model.converters"
+            )
+        precise = {name for name in names if any(matches(name, pattern) for pattern in keep_weight_gradient)}
+        with _quiet(device_type):
+            if isinstance(settings, Float8):
+                _convert_to_float8(model, settings, names - precise, precise)
+            else:
+                _convert_to_mxfp8(model, settings, names - precise, precise)
+        converted += sorted(names)
+    return converted
+
+
+def after_update(model: nn.Module, converters: Sequence[str], section: Quantize) -> None:
+    """To be called after each change of the weights: computes all scales of a float8 all-gather in one reduction."""
+    if FLOAT8 in converters and section.linear.float8.precompute_float8_dynamic_scale_for_fsdp:
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def check_converters(converters: Sequence[str], section: Quantize, device_type: str) -> None:
+    """Can these converters run here?
+
+    Raises:
+        ValueError: an unknown or a second converter, settings that exclude each other, no torchao, other hardware.
+    """
+    if not converters:
+        return
+    for converter in converters:
+        if converter not in SIZE_MULTIPLE:
+            raise ValueError(f'model.converters holds "{converter}": choose from "{FLOAT8}" and "{MXFP8}"')
+    if len(converters) > 1:
+        raise ValueError(f"model.converters={list(converters)} must hold one converter: they convert the same layers")
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"{converters[0]} needs torchao: install it, or leave it out of model.converters")
+    if converters[0] == FLOAT8:
+        _check_float8(section.linear.float8, device_type)
+    elif section.linear.mx.recipe_name != "mxfp8_emulated":
+        _check_capability(MXFP8, (10, 0), device_type, f"{MXFP8}.recipe_name=mxfp8_emulated")
+
+
+def check_rows(converters: Sequence[str], rows: Mapping[str, int]) -> None:
+    """Can the weight gradients be computed in 8 bits? Their products add up over the rows of the layers' inputs.
+
+    Args:
+        rows: a name of each stream of tokens -> its tokens in one forward pass of one process, samples times length.
+
+    Raises:
+        ValueError: rows that no 8-bit unit takes.
+    """
+    for converter in converters:
+        for name, count in rows.items():
+            if count % SIZE_MULTIPLE[converter]:
+                raise ValueError(
+                    f"{converter} needs a multiple of {SIZE_MULTIPLE[converter]} {name} tokens in each forward pass of "
+                    f"a process, not {count}: change training.local_batch_size, or the length of a sample"
+                )
+
+
+def _check_float8(settings: Float8, device_type: str) -> None:
+    gathers = f"{FLOAT8}.enable_fsdp_float8_all_gather"
+    if settings.enable_fsdp_float8_all_gather and settings.recipe_name != "tensorwise":
+        raise ValueError(
+            f"{gathers}=true needs {FLOAT8}.recipe_name=tensorwise, not {settings.recipe_name}: "
+            "a weight's shards can share one scale, not one per row and column"
+        )
+    if settings.precompute_float8_dynamic_scale_for_fsdp and not settings.enable_fsdp_float8_all_gather:
+        raise ValueError(f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp=true needs {gathers}=true")
+    if not settings.emulate:
+        _check_capability(FLOAT8, (8, 9), device_type, f"{FLOAT8}.emulate=true")
+
+
+def _check_capability(converter: str, needed: tuple[int, int], device_type: str, instead: str) -> None:
+    if device_type == "cuda":
+        found = torch.cuda.get_device_capability()
+        if found >= needed:
+            return
+        this = f"{torch.cuda.get_device_name()}, {found[0]}.{found[1]}"
+    else:
+        this = device_type
+    raise ValueError(
+        f"{converter} needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or newer (this: {this}): "
+        f"set {instead} to try it in slow emulation, or leave it out of model.converters"
+    )
+
+
+def _convert_to_float8(model: nn.Module, settings: Float8, plain: set[str], precise: set[str]) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = replace(
+        Float8LinearConfig.from_recipe_name(settings.recipe_name),
+        enable_fsdp_float8_all_gather=settings.enable_fsdp_float8_all_gather,
+        emulate=settings.emulate,
+    )
+    convert_to_float8_training(model, config=config, module_filter_fn=_named(plain))
+    convert_to_float8_training(model, config=_keep_weight_gradient(config), module_filter_fn=_named(precise))
+
+
+def _named(names: set[str]) -> _Filter:
+    return lambda _module, name: name in names
+
+
+def _keep_weight_gradient(config: "Float8LinearConfig") -> "Float8LinearConfig":
+    """The same, but the product of input and output gradient is taken of both as they are."""
+    from torchao.float8 import CastConfig, ScalingType
+
+    def disabled(cast: CastConfig) -> CastConfig:
+        return CastConfig(scaling_type=ScalingType.DISABLED, target_dtype=cast.target_dtype)
+
+    return replace(
+        config,
+        cast_config_input_for_grad_weight=disabled(config.cast_config_input),
+        cast_config_grad_output_for_grad_weight=disabled(config.cast_config_grad_output),
+    )
+
+
+def _convert_to_mxfp8(model: nn.Module, settings: MX, plain: set[str], precise: set[str]) -> None:
+    # torchao's own conversion, which wraps weights in a tensor subclass, forgets the bias of nn.Linear.
+    from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
+    from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+
+    emulated = settings.recipe_name == "mxfp8_emulated"
+    for name in plain | precise:
+        linear: Any = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = MXFP8Linear(
+                linear.in_features,
+                linear.out_features,
+                bias=False,
+                kernel_preference=KernelPreference.EMULATED if emulated else KernelPreference.AUTO,
+                wgrad_with_hp=name in precise,
+            )
+        layer.weight, layer.bias = linear.weight, linear.bias
+        model.set_submodule(name, layer)
+
+
+@contextmanager
+def _quiet(device_type: str) -> Iterator[None]:
+    """Holds back what importing torchao says on every machine: of a deprecated call, on CPUs of its CUDA libraries."""
+    loggers = {"torch.utils._pytree": "register_constant() on Enum"}
+    if device_type != "cuda":
+        loggers["torchao"] = "Failed to load"
+    filters = {logging.getLogger(name): _without(text) for name, text in loggers.items()}
+    for logger, drop in filters.items():
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger, drop in filters.items():
+            logger.removeFilter(drop)
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()

@@ -1,0 +1,86 @@
+"""A parameter and the part of it that this rank holds, whatever axes of the mesh it is spread over."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+@torch.no_grad()
+def copy_full_(parameter: Tensor, full: Tensor) -> None:
+    """Puts this rank's part of a full tensor into a parameter, without communication.
+
+    Every rank gives the same values. What is copied beside them is at most this rank's part.
+
+    Args:
+        parameter: a plain tensor, or a DTensor over any of data, context and tensor parallel axes.
+        full: plain, of the whole parameter's shape; any dtype and device.
+    """
+    assert full.shape == parameter.shape, (full.shape, parameter.shape)
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(full)
+        return
+    check_layout(parameter)
+    mesh, part = parameter.device_mesh, full
+    for axis, placement in enumerate(parameter.placements):
+        if (dim := split_dim(placement)) is not None:
+            part = _take(part, dim, _pieces(placement), mesh.size(axis), mesh.get_local_rank(axis))
+    parameter.to_local().copy_(part)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a parameter or gradient as a plain tensor, on every rank; all ranks of its mesh must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    check_layout(tensor)
+    full: Tensor = tensor.full_tensor()
+    return full.detach()
+
+
+def local_bytes(tensor: Tensor) -> int:
+    """Memory that this rank spends on a tensor."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def split_dim(placement: Placement) -> int | None:
+    """The dim that an axis of the mesh splits, packed or not; None: its ranks hold the same."""
+    return placement.dim if isinstance(placement, Shard | _StridedShard) else None
+
+
+def check_layout(tensor: DTensor) -> None:
+    """A packed dim is split once: DTensor puts the rows of two splits together in a wrong order, without a word.
+
+    Raises:
+        AssertionError: a dim is split again after another axis split it, and packed.
+    """
+    split: set[int] = set()
+    for placement in tensor.placements:
+        dim = split_dim(placement)
+        assert dim not in split or _pieces(placement) == 1, f"{tensor.placements} split packed dim {dim} twice"
+        split |= set() if dim is None else {dim}
+
+
+def _pieces(placement: Placement) -> int:
+    return int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+
+
+def _take(full: Tensor, dim: int, pieces: int, count: int, index: int) -> Tensor:
+    """Part `index` of `count`: of the whole dim, or the same part of each of its packed pieces."""
+    if pieces > 1:
+        return full.unflatten(dim, (pieces, count, -1)).select(dim + 1, index).flatten(dim, dim + 1)
+    parts = full.chunk(count, dim)
+    return parts[index] if index < len(parts) else full.narrow(dim, full.shape[dim], 0)
+
+
+def gather_state_dict(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """All parameters whole, in the CPU's memory, on ranks that `keep` them; the others only help and get nothing.
+
+    One parameter at a time is whole on the device. All ranks must call it.
+    """
+    kept = {}
+    for name, parameter in model.named_parameters():
+        whole = full_tensor(parameter)
+        if keep:
+            kept[name] = whole.to("cpu", dtype)
+    return kept

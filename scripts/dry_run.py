@@ -1,0 +1,138 @@
+"""Builds a run on pretended processes, takes one step without memory or data, and tells what each rank would hold and send.
+
+    NGPU=1024 ./run_train.sh --comm.mode fake_backend --job.config_file train_configs/flux_dev.toml
+    python -m scripts.dry_run --ranks 1024 --job.config_file train_configs/flux_dev.toml [--section.key value ...]
+
+One process of any machine does it: the layout, the model and the step are the real ones, on tensors without content.
+What is told is rank 0's, which holds the most when something does not divide.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from config.job_config import JobConfig
+from config.parse import load_config
+from flux.batch import TextCond
+from flux.flow import squared_error_sum
+from flux.inputs import make_model_inputs
+from flux.plans import make_plan
+from flux.spec import PIXELS_PER_TOKEN, SPECS
+from parallel.collectives import CollectiveCounter
+from parallel.context_parallel import shard_sequence
+from parallel.gradients import clip_grad_norm_, group_by_mesh
+from parallel.mesh import Layout, close_layout
+from parallel.names import find_modules
+from parallel.shards import local_bytes
+from runtime.exit_record import recorded_exit
+from runtime.log import setup_logging
+from train import EXIT_CODES, build_model, build_run_layout, compute_dtype
+from training.optimizer import build_optimizer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank holds, in bytes, and what it communicates in a step."""
+
+    layout: Layout
+    parameters: int  # of the whole model
+    weights: int
+    gradients: int
+    optimizer_states: int
+    largest_block: int  # gathered, in the computation's dtype
+    calls: dict[str, int]
+    bytes: dict[str, int]
+
+
+def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
+    """One update of rank 0 of `world_size` pretended ranks."""
+    # A compiled step communicates the same, and compiling it would take minutes.
+    config = replace(
+        config, compile=replace(config.compile, enable=False), comm=replace(config.comm, mode="fake_backend")
+    )
+    layout, spec = build_run_layout(config, world_size), SPECS[config.model.flavor]
+    try:
+        model = build_model(config, spec, layout)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # tensors change their class
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            optimizer = build_optimizer(group_by_mesh(model.parameters()), config.optimizer)
+            inputs = make_empty_inputs(config, layout)
+            blocks = find_modules(model, make_plan(spec.transformer).blocks).values()
+            largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+            counter = CollectiveCounter()
+            with counter:
+                target_BTC = inputs.pop("target_BTC")
+                squared_error_sum(model(**inputs), target_BTC).backward()
+                clip_grad_norm_(model.parameters(), config.training.max_norm)
+            optimizer.step()
+            parameters = list(model.parameters())
+            states = (value for state in optimizer.state.values() for value in state.values() if value.dim())
+            return DryRun(
+                layout,
+                parameters=sum(parameter.numel() for parameter in parameters),
+                weights=sum(map(local_bytes, parameters)),
+                gradients=sum(local_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None),
+                optimizer_states=sum(map(local_bytes, states)),
+                largest_block=largest * compute_dtype(config).itemsize // layout.degrees.tp,
+                calls=dict(counter.calls),
+                bytes=dict(counter.bytes),
+            )
+    finally:
+        close_layout(layout)
+
+
+def make_empty_inputs(config: JobConfig, layout: Layout) -> dict[str, torch.Tensor]:
+    """Arguments of the transformer and its target, of a batch's shapes and without content."""
+    spec, batch = SPECS[config.model.flavor], config.training.local_batch_size
+    transformer, dtype = spec.transformer, compute_dtype(config)
+    side, length = config.training.img_size // PIXELS_PER_TOKEN, config.encoder.max_t5_encoding_len
+    x_BTC = torch.empty(batch, side * side, transformer.in_channels)
+    pooled_BV = torch.empty(batch, transformer.pooled_dim) if transformer.pooled_dim else None
+    text = TextCond(torch.empty(batch, length, transformer.context_dim), pooled_BV)
+    inputs = make_model_inputs(x_BTC, torch.empty(batch), text, (side, side), spec, config.training.guidance, dtype)
+    inputs["target_BTC"] = torch.empty_like(x_BTC)
+    cp = layout.axis("cp")
+    return inputs if cp is None else shard_sequence(inputs, make_plan(transformer).sequence_tensors, cp)
+
+
+def describe(run: DryRun, config: JobConfig) -> Iterator[str]:
+    """Lines for people."""
+    degrees = run.layout.degrees
+    held = run.weights + run.gradients + run.optimizer_states
+    yield f"mesh        {degrees.world} ranks = {degrees}"
+    yield f"model       {config.model.flavor}, {run.parameters:,} parameters, computing in {compute_dtype(config)}"
+    yield f"rank 0      {held / GIB:.2f} GiB = weights {run.weights / GIB:.2f} + gradients {run.gradients / GIB:.2f}"
+    yield f"            + optimizer states {run.optimizer_states / GIB:.2f}, without activations and encoders"
+    yield f"gathered    {run.largest_block / GIB:.2f} GiB for the largest block, at most two at a time"
+    yield f"per step    of {config.training.local_batch_size} samples, forward, backward and gradient norm:"
+    for name in sorted(run.calls):
+        yield f"            {run.calls[name]:5d} x {name:<15}{run.bytes[name] / GIB:9.2f} GiB"
+    if not run.calls:
+        yield "            no communication"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.dry_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--ranks", type=int, default=world, help="number of pretended processes (default: %(default)s)")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.ranks < 1:
+        raise ValueError(f"--ranks={arguments.ranks} must be at least 1")
+    config = load_config(rest, arguments.ranks)
+    print("\n".join(describe(take_dry_step(config, arguments.ranks), config)))
+
+
+if __name__ == "__main__":
+    setup_logging(0)
+    with recorded_exit(0, EXIT_CODES):
+        main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Trains flux-tiny on a layout, from weights under which every branch of the model matters, and tells what came out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.distributed.ranks import run_ranks
+from tests.integration.short_runs import TINY
+
+STEPS = 5
+UPDATE = 8  # samples of every update, whatever the layout
+# The recipe's own initialization makes every block the identity and the first prediction zero: 94 of 96 gradients of the
+# first step are exactly zero then, and even causal attention goes unseen.
+WEIGHT_SCALE = 0.6
+OVERRIDES = [
+    *TINY,
+    "--training.img_size=64",
+    f"--training.global_batch_size={UPDATE}",
+    f"--training.steps={STEPS}",
+    "--training.max_norm=1",
+    "--optimizer.lr=1e-4",
+    "--lr_scheduler.warmup_steps=0",
+    "--validation.enable=false",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout computed."""
+
+    losses: list[float]  # of each step, summed over ranks
+    grad_norms: list[float]  # before clipping
+    gradients: dict[str, "object"]  # whole, of the first step, as numpy arrays
+    draws: dict[int, tuple[float, bytes]] = field(default_factory=dict)  # position -> time and noise
+    local_weights: int = 0  # elements that rank 0 holds
+
+
+def train_layout(world_size: int, *overrides: str, fault: str = "", timeout: float = 240) -> Outcome:
+    """Runs STEPS updates of UPDATE samples on gloo ranks; ranks that share samples must have drawn alike.
+
+    Args:
+        overrides: of the configuration; `training.local_batch_size` must fit the layout.
+        fault: name of a function of tests/distributed/faults.py that is called before the trainer is built.
+    """
+    if world_size == 1:
+        ranks = [run_layout(0, 1, overrides, fault)]
+    else:
+        ranks = run_ranks(run_layout, world_size, overrides, fault, timeout=timeout)
+    draws: dict[int, tuple[float, bytes]] = {}
+    for outcome in ranks:
+        for position, draw in outcome.draws.items():
+            assert draws.setdefault(position, draw) == draw, f"ranks drew differently for position {position}"
+        assert outcome.losses == ranks[0].losses and outcome.grad_norms == ranks[0].grad_norms
+    first = ranks[0]
+    return Outcome(first.losses, first.grad_norms, first.gradients, draws, first.local_weights)
+
+
+def run_layout(rank: int, world_size: int, overrides: tuple[str, ...], fault: str) -> Outcome:
+    """On every rank."""
+    import torch
+
+    from config.parse import load_config
+    from flux.rng import keyed_generator
+    from parallel.shards import copy_full_, full_tensor, local_bytes
+    from tests.distributed import faults
+    from train import FluxTrainer, build_run_layout
+
+    if fault:
+        getattr(faults, fault)()
+    config = load_config([*OVERRIDES, *overrides], world_size)
+    layout = build_run_layout(config, world_size)
+    trainer = FluxTrainer(config, Path("/dev/null/nowhere") if rank else _folder(), layout)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            full = torch.empty(parameter.shape)
+            full.normal_(std=WEIGHT_SCALE / full.shape[-1] ** 0.5, generator=keyed_generator(0, "test", name))
+            copy_full_(parameter, full + 1 if name.endswith("norm.weight") else full)
+
+    draws: dict[int, tuple[float, bytes]] = {}
+
+    def recorded(batches):
+        for raw in batches:
+            for place, position in enumerate(raw.position_B.tolist()):
+                noise = raw.draws.noise_BTC[place].numpy().tobytes()
+                draws[position] = (raw.draws.t_B[place].item(), noise)
+            yield raw
+
+    batches = recorded(iter(trainer.loader))
+    trainer.optimizer.zero_grad()
+    losses, norms, gradients = [], [], {}
+    clip = trainer.clip_gradients
+
+    def record_gradients():
+        if not gradients:
+            for name, parameter in trainer.model.named_parameters():
+                assert parameter.grad is not None, name
+                whole = full_tensor(parameter.grad)
+                gradients[name] = whole.float().numpy().copy() if rank == 0 else None
+        return clip()
+
+    trainer.clip_gradients = record_gradients
+    for _ in range(STEPS):
+        loss, norm = trainer.train_step(batches)
+        losses.append(layout.sum(loss).item())
+        norms.append(norm.item())
+    held = sum(map(local_bytes, trainer.model.parameters())) // 4
+    return Outcome(losses, norms, gradients if rank == 0 else {}, draws, held)
+
+
+def _folder() -> Path:
+    import tempfile
+
+    return Path(tempfile.mkdtemp())

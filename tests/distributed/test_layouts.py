@@ -1,0 +1,136 @@
+"""Every layout computes what one process does: loss, every gradient, and the random draws of every sample.
+
+Trained through the real FluxTrainer on gloo ranks; `pytest tests/distributed -k "row"` runs one row.
+"""
+
+import numpy as np
+import pytest
+
+from tests.distributed.layouts import Outcome, train_layout
+
+LOSS_TOLERANCE = 1e-6  # relative, over all steps; fp32 sums in another order give 1e-7
+GRADIENT_TOLERANCE = 1e-5  # relative norm of each parameter; fp32 gives 1e-6, in the small gradients of query norms
+
+REPLICATE = "--parallelism.data_parallel_replicate_degree={}".format
+CP = "--parallelism.context_parallel_degree={}".format
+TP = "--parallelism.tensor_parallel_degree={}".format
+METHOD = "--parallelism.context_parallel_method={}".format
+BATCH = "--training.local_batch_size={}".format
+RECOMPUTE = "--activation_checkpoint.mode={}".format
+
+# name: (processes, options). Every update has 8 samples; what the local batches do not reach is accumulated.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ddp 2": (2, (BATCH(4), REPLICATE(2))),
+    "fsdp 2": (2, (BATCH(4),)),
+    "fsdp 4": (4, (BATCH(2),)),
+    "hsdp 2x2": (4, (BATCH(2), REPLICATE(2))),
+    **{
+        f"cp {degree} {method}": (degree, (CP(degree), METHOD(method)))
+        for degree in (2, 4)
+        for method in ("ulysses", "allgather", "ring")
+    },
+    "tp 2": (2, (TP(2),)),
+    "tp 4": (4, (TP(4),)),
+    "fsdp 2 x cp 2": (4, (BATCH(4), CP(2))),
+    "fsdp 2 x tp 2": (4, (BATCH(4), TP(2))),
+    "cp 2 x tp 2": (4, (CP(2), TP(2))),
+    "hsdp 2x2 x cp 2": (8, (BATCH(2), REPLICATE(2), CP(2))),
+    "accumulation 2": (1, (BATCH(4),)),
+    "fsdp 2, accumulation 2": (2, (BATCH(2),)),
+    "cp 2, accumulation 2": (2, (BATCH(4), CP(2))),
+    "fsdp 2, never reshard": (2, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=never")),
+    "fsdp 2, always reshard": (2, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=always")),
+    "fsdp 2, prefetch": (
+        2,
+        (BATCH(4), "--parallelism.fsdp_forward_prefetch=2", "--parallelism.fsdp_backward_prefetch=3"),
+    ),
+    "fsdp 2, cpu offload": (2, (BATCH(4), "--training.enable_cpu_offload")),
+    "recompute full": (1, (RECOMPUTE("full"),)),
+    "recompute half": (1, (RECOMPUTE("full"), "--activation_checkpoint.ratio=0.5")),
+    "recompute every 2nd": (1, (RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=2")),
+    "recompute by operator": (1, (RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=op")),
+    "fsdp 2, recompute full": (2, (BATCH(4), RECOMPUTE("full"))),
+    "cp 2, recompute full": (2, (CP(2), RECOMPUTE("full"))),
+    "cp 2, recompute by operator": (
+        2,
+        (CP(2), RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=op"),
+    ),
+    "tp 2, recompute full": (2, (TP(2), RECOMPUTE("full"))),
+    "compile": (1, ("--compile.enable",)),
+    "fsdp 2, compile": (2, (BATCH(4), "--compile.enable", "--compile.backend=aot_eager")),
+    "cp 2, compile": (2, (CP(2), "--compile.enable", "--compile.backend=aot_eager")),
+    "tp 2, compile": (2, (TP(2), "--compile.enable", "--compile.backend=aot_eager")),
+    "compile, recompute full": (1, ("--compile.enable", "--compile.backend=aot_eager", RECOMPUTE("full"))),
+    "compile, memory budget": (
+        1,
+        ("--compile.enable", RECOMPUTE("memory_budget"), "--activation_checkpoint.memory_budget=0.3"),
+    ),
+    "deterministic": (1, ("--debug.deterministic",)),
+}
+# What a fault changes, and the layout that shows it.
+FAULTS = {
+    "noise_by_rank": "fsdp 2",
+    "causal_attention": "fsdp 2",
+    "gradients_stay_on_their_rank": "ddp 2",
+    "times_differ_between_context_ranks": "cp 2 ulysses",
+    "keys_of_this_rank_only": "cp 2 allgather",
+    "packed_rows_split_in_one_piece": "tp 2",
+}
+QUICK = ("fsdp 2", "cp 2 ulysses", "tp 2")
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Outcome:
+    return train_layout(1, BATCH(8))
+
+
+def distances(outcome: Outcome, reference: Outcome) -> tuple[float, dict[str, float]]:
+    """The largest relative distance of a loss, and of each gradient the relative norm of the difference."""
+    losses = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(outcome.losses, reference.losses, strict=True)]
+    assert outcome.gradients.keys() == reference.gradients.keys()
+    gradients = {
+        name: float(np.linalg.norm(outcome.gradients[name] - whole) / np.linalg.norm(whole))
+        for name, whole in reference.gradients.items()
+    }
+    return max(losses), gradients
+
+
+def layout_rows() -> list:
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+
+
+def test_no_gradient_of_the_comparison_is_zero(one_process):
+    assert [name for name, gradient in one_process.gradients.items() if not np.any(gradient)] == []
+    assert len(one_process.draws) == 5 * 8
+
+
+@pytest.mark.parametrize("name", layout_rows())
+def test_a_layout_gives_the_numbers_of_one_process(one_process, name):
+    processes, options = LAYOUTS[name]
+    outcome = train_layout(processes, *([BATCH(8)] + list(options)))
+    loss, gradients = distances(outcome, one_process)
+    worst = max(gradients, key=lambda parameter: gradients[parameter])
+    assert loss < LOSS_TOLERANCE
+    assert gradients[worst] < GRADIENT_TOLERANCE, worst
+    assert outcome.draws == one_process.draws, "times and noise, bit by bit"
+    assert outcome.grad_norms == pytest.approx(one_process.grad_norms, rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_does_not_go_unseen(one_process, fault):
+    processes, options = LAYOUTS[FAULTS[fault]]
+    try:
+        outcome = train_layout(processes, BATCH(8), *options, fault=fault)
+    except AssertionError as error:  # ranks that must agree do not
+        assert "ranks" in str(error)
+        return
+    loss, gradients = distances(outcome, one_process)
+    assert loss > LOSS_TOLERANCE or max(gradients.values()) > 100 * GRADIENT_TOLERANCE or (
+        outcome.draws != one_process.draws
+    )
+
+
+def test_fsdp_splits_the_weights_and_ddp_does_not(one_process):
+    whole = one_process.local_weights
+    assert train_layout(2, BATCH(4)).local_weights == pytest.approx(whole / 2, rel=0.01)

@@ -1,0 +1,97 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from parallel.shards import copy_full_, full_tensor, local_bytes
+from tests.distributed.ranks import run_ranks
+from tests.unit.parallel.spread_layers import LAYOUTS, build_layers, make_full, world_size
+
+
+def copy_and_gather(rank: int, world: int, layout: str) -> dict:
+    layers = build_layers(layout)
+    full = make_full(layers, seed=0)
+    with CommDebugMode() as communication:
+        for name, parameter in layers.named_parameters():
+            copy_full_(parameter, full[name])
+    return {
+        "wrong": [name for name, p in layers.named_parameters() if not torch.equal(full_tensor(p), full[name])],
+        "plain": all(type(full_tensor(p)) is torch.Tensor for p in layers.parameters()),
+        "collectives": communication.get_total_counts(),
+        "bytes": {name: local_bytes(p) for name, p in layers.named_parameters()},
+        "full_bytes": {name: local_bytes(value) for name, value in full.items()},
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_copied_comes_back_whole_on_every_rank(layout):
+    results = run_ranks(copy_and_gather, world_size(layout), layout)
+    for result in results:
+        assert result["wrong"] == [] and result["plain"]
+        assert result["collectives"] == 0
+    copies = LAYOUTS[layout].get("dp_replicate", 1)
+    for name, full_bytes in results[0]["full_bytes"].items():
+        held = sum(result["bytes"][name] for result in results)
+        alike = "tp" in LAYOUTS[layout] and (name.endswith(("bias", "norm.weight")) or name.startswith("whole"))
+        assert held == full_bytes * copies * (LAYOUTS[layout]["tp"] if alike else 1), name
+
+
+def gather_as_placed_by_default(rank: int, world: int) -> dict:
+    """FSDP splits rows, as it does by default, that tensor parallelism has split already."""
+    layers = build_layers("fsdp_2_tp_2", placement=lambda parameter: Shard(0))
+    full = make_full(layers, seed=0)
+    wrong, refused = [], []
+    for name, parameter in layers.named_parameters():
+        try:
+            copy_full_(parameter, full[name])
+        except AssertionError:
+            refused.append(name)
+            piece_rows = full[name].unflatten(0, (3, 2, -1))[:, world_rank("tp")].flatten(0, 1)
+            parameter.detach().to_local().copy_(piece_rows.chunk(2)[world_rank("fsdp")])
+        if not torch.equal(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter, full[name]):
+            wrong.append(name)
+    return {"wrong": wrong, "refused": refused}
+
+
+def world_rank(axis: str) -> int:
+    return {"fsdp": dist.get_rank() // 2, "tp": dist.get_rank() % 2}[axis]
+
+
+def test_packed_rows_that_fsdp_splits_again_are_wrong_and_refused():
+    for result in run_ranks(gather_as_placed_by_default, 4):
+        assert result == {"wrong": ["packed_rows.weight"], "refused": ["packed_rows.weight"]}
+
+
+def gather_gradient_like_placements(rank: int, world: int) -> list[bool]:
+    """Gradients may be placed otherwise than their parameters."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    full = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    equal = []
+    for placements in ([Replicate(), Shard(0)], [Shard(1), Replicate()], [Shard(0), Shard(0)], [Shard(1), Shard(0)]):
+        tensor = DTensor.from_local(full, mesh, [Replicate(), Replicate()]).redistribute(placements=placements)
+        equal.append(torch.equal(full_tensor(tensor), full))
+        copied = torch.zeros_like(tensor)
+        copy_full_(copied, full)
+        equal.append(torch.equal(copied.to_local(), tensor.to_local()))
+    return equal
+
+
+def test_other_placements_agree_with_dtensor():
+    for equal in run_ranks(gather_gradient_like_placements, 4):
+        assert all(equal) and equal
+
+
+def test_plain_tensors_need_no_processes():
+    parameter, full = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16)), torch.randn(2, 3)
+    copy_full_(parameter, full)
+    assert torch.equal(full_tensor(parameter), full.bfloat16())
+    assert not full_tensor(parameter).requires_grad
+    assert local_bytes(parameter) == 12
+
+
+def test_a_tensor_of_another_shape_is_refused():
+    with pytest.raises(AssertionError):
+        copy_full_(nn.Parameter(torch.zeros(2, 3)), torch.zeros(3))
