@@ -1,6 +1,6 @@
 """How a run ended, in one file: `<dump_folder>/exit.json` with code, reason, step and rank.
 
-torchrun turns every failure into exit code 1, so the code that counts is the recorded one (see run_train.sh).
+torchrun turns every failure into exit code 1, so the code that counts is the recorded one (scripts/launch.py reads it).
 """
 
 import json
@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime import exit_codes
 from runtime.log import write_stderr
 
 RECORD_NAME = "exit.json"
-RECORD_VARIABLE = "FLUX_EXIT_RECORD"  # a second place for the record, known before the run folder is
+# A second place for the record, known before the run folder is. Who names one also tells the end: the record there
+# holds the text too.
+RECORD_VARIABLE = "FLUX_EXIT_RECORD"
 
+INTERRUPTED, TERMINATED = "interrupted by Ctrl-C", "stopped by SIGTERM"
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -33,8 +37,8 @@ class RunEnd:
     rank: int
     folder: Path | None = None  # None: there is no run folder yet
     step: int = 0  # the last finished step
-    # Whether this rank says what went wrong. Until ranks can talk to each other only rank 0 does: what fails before,
-    # the configuration, fails on all of them.
+    # Whether this rank says what went wrong where nobody collects records. Until ranks can talk to each other only rank 0
+    # does: what fails before, the configuration, fails on all of them.
     may_speak: Callable[[], bool] | None = None
 
 
@@ -45,9 +49,10 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
         with recorded_exit(rank, {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG}) as end:
             end.folder = claim_run_folder(...)
 
-    An error of `codes` that was raised in this project's own code is for the user to mend: its message goes to stderr,
-    without traceback. Any other exception is a fault of the recipe and keeps its traceback. SIGTERM ends the body the
-    way Ctrl-C does.
+    An error of `codes` that was raised in this project's own code is for the user to mend: its message is told, without
+    traceback. Any other exception is a fault of the recipe and keeps its traceback. SIGTERM ends the body the way Ctrl-C
+    does. It is told on stderr, or by who named a file for the record in $FLUX_EXIT_RECORD: of several ranks that fail,
+    only that process knows which one to believe.
 
     Args:
         rank: of this process. Rank 0 records success.
@@ -62,8 +67,10 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
         try:
             yield end
         except (Exception, KeyboardInterrupt, Terminated) as error:
-            code, reason = _explain(error, codes, end.may_speak() if end.may_speak else rank == 0)
-            write_exit_record(end.folder, code, reason, end.step, rank)
+            code, reason, text = _explain(error, codes)
+            is_told = write_exit_record(end.folder, code, reason, end.step, rank, text)
+            if not is_told and (end.may_speak() if end.may_speak else rank == 0):
+                write_stderr(text)
             raise SystemExit(code) from None
         if rank == 0:
             write_exit_record(end.folder, exit_codes.OK, "done", end.step, rank)
@@ -71,24 +78,33 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
         signal.signal(signal.SIGTERM, previous)
 
 
-def write_exit_record(folder: Path | None, code: int, reason: str, step: int, rank: int) -> None:
-    """Writes the record into the run folder and to the file that $FLUX_EXIT_RECORD names.
+def write_exit_record(folder: Path | None, code: int, reason: str, step: int, rank: int, text: str = "") -> bool:
+    """Writes the record into the run folder and, with the text, to the file that $FLUX_EXIT_RECORD names.
 
     Of several ranks the first that failed keeps the word: the others mostly fail because of it.
+
+    Returns:
+        Whether the process that named the file can tell what happened.
     """
     record = {"code": code, "reason": reason, "step": step, "rank": rank}
-    places = [folder / RECORD_NAME] if folder else []
-    if named := os.environ.get(RECORD_VARIABLE):
-        places.append(Path(named))
-    for place in places:
-        try:
-            if place.exists() and json.loads(place.read_text())["code"] != exit_codes.OK:
-                continue
-            unfinished = place.with_name(f"{place.name}.rank{rank}")
-            unfinished.write_text(json.dumps(record) + "\n")
-            unfinished.replace(place)
-        except OSError as error:
-            write_stderr(f"warning: {place} could not be written: {error}")
+    if folder is not None:
+        _place(folder / RECORD_NAME, record)
+    named = os.environ.get(RECORD_VARIABLE)
+    return named is not None and _place(Path(named), {**record, "text": text})
+
+
+def _place(place: Path, record: dict[str, Any]) -> bool:
+    """Whether the file holds this record now, or an earlier failure."""
+    try:
+        if place.exists() and json.loads(place.read_text())["code"] != exit_codes.OK:
+            return True
+        unfinished = place.with_name(f"{place.name}.rank{record['rank']}")
+        unfinished.write_text(json.dumps(record) + "\n")
+        unfinished.replace(place)
+    except OSError as error:
+        write_stderr(f"warning: {place} could not be written: {error}")
+        return False
+    return True
 
 
 def _raise_terminated(signal_number: int, frame: object) -> None:
@@ -97,23 +113,17 @@ def _raise_terminated(signal_number: int, frame: object) -> None:
     raise Terminated
 
 
-def _explain(error: BaseException, codes: Mapping[type[Exception], int], shown: bool) -> tuple[int, str]:
-    """The exit code of an error and its reason, which goes to stderr when this rank has the word."""
+def _explain(error: BaseException, codes: Mapping[type[Exception], int]) -> tuple[int, str, str]:
+    """The exit code of an error, its reason, and what to tell: the reason, or a traceback."""
     if isinstance(error, KeyboardInterrupt):
-        code, reason = exit_codes.INTERRUPTED, "interrupted by Ctrl-C"
-    elif isinstance(error, Terminated):
-        code, reason = exit_codes.TERMINATED, "stopped by SIGTERM"
-    else:
-        origin, message = _origin_and_message(error)
-        known = [code for kind, code in codes.items() if isinstance(error, kind)]
-        if not known or not _is_ours(origin):
-            if shown:
-                write_stderr("".join(traceback.format_exception(error)).rstrip())
-            return exit_codes.ERROR, f"{type(error).__name__}: {message}"
-        code, reason = known[0], message
-    if shown:
-        write_stderr(reason)
-    return code, reason
+        return exit_codes.INTERRUPTED, INTERRUPTED, INTERRUPTED
+    if isinstance(error, Terminated):
+        return exit_codes.TERMINATED, TERMINATED, TERMINATED
+    origin, message = _origin_and_message(error)
+    known = [code for kind, code in codes.items() if isinstance(error, kind)]
+    if known and _is_ours(origin):
+        return known[0], message, message
+    return exit_codes.ERROR, f"{type(error).__name__}: {message}", "".join(traceback.format_exception(error)).rstrip()
 
 
 def _origin_and_message(error: BaseException) -> tuple[str, str]:

@@ -1,10 +1,18 @@
 """Trains flux-tiny on a layout, from weights under which every branch of the model matters, and tells what came out."""
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tests.distributed.ranks import run_ranks
 from tests.integration.short_runs import TINY
+
+if TYPE_CHECKING:
+    from train import FluxTrainer
 
 STEPS = 5
 UPDATE = 8  # samples of every update, whatever the layout
@@ -29,9 +37,29 @@ class Outcome:
 
     losses: list[float]  # of each step, summed over ranks
     grad_norms: list[float]  # before clipping
-    gradients: dict[str, "object"]  # whole, of the first step, as numpy arrays
+    gradients: dict[str, np.ndarray]  # whole, of the first step
     draws: dict[int, tuple[float, bytes]] = field(default_factory=dict)  # position -> time and noise
     local_weights: int = 0  # elements that rank 0 holds
+
+
+def build_trainer(rank: int, world_size: int, folder: str, overrides: Sequence[str]) -> "FluxTrainer":
+    """A trainer on one rank, with weights that matter."""
+    # Not above: ranks are forked from a process that has imported all this.
+    import torch
+
+    from config.parse import load_config
+    from flux.rng import keyed_generator
+    from parallel.shards import copy_full_
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*OVERRIDES, *overrides], world_size, quiet=True)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            full = torch.empty(parameter.shape)
+            full.normal_(std=WEIGHT_SCALE / full.shape[-1] ** 0.5, generator=keyed_generator(0, "test", name))
+            copy_full_(parameter, full + 1 if name.endswith("norm.weight") else full)
+    return trainer
 
 
 def train_layout(world_size: int, *overrides: str, fault: str = "", timeout: float = 240) -> Outcome:
@@ -41,40 +69,26 @@ def train_layout(world_size: int, *overrides: str, fault: str = "", timeout: flo
         overrides: of the configuration; `training.local_batch_size` must fit the layout.
         fault: name of a function of tests/distributed/faults.py that is called before the trainer is built.
     """
-    if world_size == 1:
-        ranks = [run_layout(0, 1, overrides, fault)]
-    else:
-        ranks = run_ranks(run_layout, world_size, overrides, fault, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(run_layout, world_size, folder, overrides, fault, timeout=timeout)
     draws: dict[int, tuple[float, bytes]] = {}
     for outcome in ranks:
         for position, draw in outcome.draws.items():
-            assert draws.setdefault(position, draw) == draw, f"ranks drew differently for position {position}"
-        assert outcome.losses == ranks[0].losses and outcome.grad_norms == ranks[0].grad_norms
+            assert draws.setdefault(position, draw) == draw, f"ranks differ in the draws of position {position}"
+        assert outcome.losses == ranks[0].losses, "ranks differ in the loss"
+        assert outcome.grad_norms == ranks[0].grad_norms, "ranks differ in the norm of the gradients"
     first = ranks[0]
     return Outcome(first.losses, first.grad_norms, first.gradients, draws, first.local_weights)
 
 
-def run_layout(rank: int, world_size: int, overrides: tuple[str, ...], fault: str) -> Outcome:
+def run_layout(rank: int, world_size: int, folder: str, overrides: tuple[str, ...], fault: str) -> Outcome:
     """On every rank."""
-    import torch
-
-    from config.parse import load_config
-    from flux.rng import keyed_generator
-    from parallel.shards import copy_full_, full_tensor, local_bytes
+    from parallel.shards import full_tensor, local_bytes
     from tests.distributed import faults
-    from train import FluxTrainer, build_run_layout
 
     if fault:
         getattr(faults, fault)()
-    config = load_config([*OVERRIDES, *overrides], world_size)
-    layout = build_run_layout(config, world_size)
-    trainer = FluxTrainer(config, Path("/dev/null/nowhere") if rank else _folder(), layout)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            full = torch.empty(parameter.shape)
-            full.normal_(std=WEIGHT_SCALE / full.shape[-1] ** 0.5, generator=keyed_generator(0, "test", name))
-            copy_full_(parameter, full + 1 if name.endswith("norm.weight") else full)
-
+    trainer = build_trainer(rank, world_size, folder, overrides)
     draws: dict[int, tuple[float, bytes]] = {}
 
     def recorded(batches):
@@ -85,7 +99,6 @@ def run_layout(rank: int, world_size: int, overrides: tuple[str, ...], fault: st
             yield raw
 
     batches = recorded(iter(trainer.loader))
-    trainer.optimizer.zero_grad()
     losses, norms, gradients = [], [], {}
     clip = trainer.clip_gradients
 
@@ -100,13 +113,7 @@ def run_layout(rank: int, world_size: int, overrides: tuple[str, ...], fault: st
     trainer.clip_gradients = record_gradients
     for _ in range(STEPS):
         loss, norm = trainer.train_step(batches)
-        losses.append(layout.sum(loss).item())
+        losses.append(trainer.layout.sum(loss).item())
         norms.append(norm.item())
     held = sum(map(local_bytes, trainer.model.parameters())) // 4
     return Outcome(losses, norms, gradients if rank == 0 else {}, draws, held)
-
-
-def _folder() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp())
