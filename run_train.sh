@@ -22,11 +22,9 @@ count_gpus() {
 }
 # On a CPU, glibc would give every gradient above 32 MB back to the system at each step and get it back zeroed: 5 to 8 %.
 [ "$(count_gpus)" != 0 ] || export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
-NGPU=${NGPU:-$(count_gpus)}
-[ "$NGPU" != 0 ] || NGPU=1
-if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
-    echo "NGPU=$NGPU must be a number of processes, 1 or more" >&2
-    exit 2
+if [ -z "${NGPU:-}" ]; then
+    NGPU=$(count_gpus)
+    [ "$NGPU" != 0 ] || NGPU=1
 fi
 
 source setup_env.sh

@@ -49,7 +49,7 @@ from parallel.data_parallel import apply_frozen_fsdp, reshard
 from parallel.degrees import Degrees, resolve_degrees
 from parallel.gradients import clip_grad_norm_, group_by_mesh
 from parallel.mesh import Layout, build_layout, choose_device, close_layout
-from parallel.parallelize import Techniques, parallelize
+from parallel.parallelize import Techniques, check_techniques, parallelize
 from parallel.quantize import after_update
 from parallel.shards import copy_full_, gather_state_dict
 from runtime import exit_codes
@@ -94,21 +94,24 @@ def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer,
 
 def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTransformer:
     """The transformer on the meta device, parallelized: it has no weights yet."""
-    training = config.training
     with torch.device("meta"):
-        model = FluxTransformer(spec.transformer).to(DTYPES[training.dtype])
-    techniques = Techniques(
+        model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
+    parallelize(model, make_plan(spec.transformer), layout, choose_techniques(config))
+    return model
+
+
+def choose_techniques(config: JobConfig) -> Techniques:
+    """What the configuration wants to be done to the model."""
+    return Techniques(
         config.parallelism,
         config.activation_checkpoint,
         config.compile,
         config.quantize,
         config.model.converters,
         param_dtype=compute_dtype(config),
-        reduce_dtype=DTYPES[training.mixed_precision_reduce],
-        cpu_offload=training.enable_cpu_offload,
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        cpu_offload=config.training.enable_cpu_offload,
     )
-    parallelize(model, make_plan(spec.transformer), layout, techniques)
-    return model
 
 
 def draw_weights(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
@@ -379,6 +382,7 @@ def main(argv: list[str]) -> None:
             apply_determinism(config.debug.deterministic_warn_only)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
+        check_techniques(choose_techniques(config), layout.device.type)
         if config.debug.seed is None:
             seed = int(layout.from_rank_0("seed", lambda: str(secrets.randbelow(2**32))))
             config = replace(config, debug=replace(config.debug, seed=seed))

@@ -37,6 +37,8 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
             f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
             "out: leave it out, and a part of the folder is"
         )
+    if config.compile.enable and not config.compile.components:
+        yield "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both"
     if training.guidance != 1.0 and not SPECS[config.model.flavor].transformer.guidance_embed:
         yield f"training.guidance={training.guidance:g} has no effect: {config.model.flavor} embeds no guidance"
     if validation.enable and validation.enable_classifier_free_guidance and not training.classifier_free_guidance_prob:

@@ -9,7 +9,7 @@ from config.job_config import JobConfig
 from config.keys import KEYS, Key, show
 
 _WIDTH = 110
-_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list of texts"}
 
 _HEAD = """\
 usage: ./run_train.sh [--section.key value ...]
@@ -34,9 +34,10 @@ def help_text() -> str:
 
 
 def _describe(key: Key) -> str:
-    kind = "" if key.choices else _KINDS[key.kind]
+    kind = "" if key.choices and key.kind is str else _KINDS[key.kind]
     default = "not set" if key.default is None else show(key.default)
-    facts = f"{', '.join(filter(None, [kind, key.rule]))}; default: {default}"
+    rule = f"each {key.rule}" if key.kind is list and key.rule else key.rule
+    facts = f"{', '.join(filter(None, [kind, rule]))}; default: {default}"
     lines = [
         f"  --{key.name}",
         textwrap.fill(key.help, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6),

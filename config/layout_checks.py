@@ -7,7 +7,7 @@ from math import gcd
 from config.job_config import JobConfig
 from config.keys import show
 from flux.spec import PIXELS_PER_TOKEN, SPECS
-from parallel.config import selective_every
+from parallel.config import FLOAT8, SIZE_MULTIPLE, parse_selective_option
 from parallel.degrees import KEYS, Degrees, choices, divisors, resolve_degrees
 
 # Names of the keys that a rule is about, and the message with key, value, rule and remedy.
@@ -25,6 +25,7 @@ def find_layout_faults(config: JobConfig, world_size: int | None) -> Iterator[Fi
         yield from _batch(config, degrees)
     yield from _heads(config, degrees)
     yield from _tokens(config, degrees)
+    yield from _products_in_8_bits(config, degrees)
 
 
 def find_technique_faults(config: JobConfig) -> Iterator[Finding]:
@@ -44,32 +45,57 @@ def _heads(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
             f"use {choices(divisors(heads))}",
         )
     elif config.parallelism.context_parallel_method == "ulysses" and heads // degrees.tp % degrees.cp:
-        each = f" / {degrees.tp} (tensor parallel)" if degrees.tp > 1 else ""
+        each = f" / {KEYS['tp']}={degrees.tp}" if degrees.tp > 1 else ""
         yield (
             (KEYS["cp"], KEYS["tp"]),
-            f"{KEYS['cp']}={degrees.cp} must divide num_heads={heads}{each} of {config.model.flavor}, since ulysses "
-            f"gives whole heads to ranks: use {choices(divisors(heads // degrees.tp))}, "
+            f"{KEYS['cp']}={degrees.cp} must divide num_heads={heads} of {config.model.flavor}{each}, since ulysses "
+            f"gives whole heads to processes: use {choices(divisors(heads // degrees.tp))}, "
             'or parallelism.context_parallel_method="allgather"',
         )
     if degrees.tp > 1 and width % degrees.fsdp:
         yield (
             (KEYS["tp"], KEYS["dp_shard"], KEYS["cp"]),
-            f"dp_shard x cp = {degrees.fsdp} must divide hidden_size={width} of {config.model.flavor} where tensor "
-            f"parallel is on: use a product of {choices(divisors(width))}",
+            f"{KEYS['dp_shard']}={degrees.dp_shard} x {KEYS['cp']}={degrees.cp} must divide hidden_size={width} of "
+            f"{config.model.flavor} where {KEYS['tp']}={degrees.tp} splits weights too: use degrees whose product "
+            f"is {choices(divisors(width))}",
         )
 
 
 def _tokens(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
     image = (config.training.img_size // PIXELS_PER_TOKEN) ** 2
     text = config.encoder.max_t5_encoding_len
-    for names, count, origin in (
-        (("training.img_size",), image, f"training.img_size={config.training.img_size} gives {image} image tokens"),
-        (("encoder.max_t5_encoding_len",), text, f"encoder.max_t5_encoding_len={text} gives {text} text tokens"),
+    tokens = f"the {image} image token{'s' if image > 1 else ''} of "
+    for key, count, of in (
+        (f"training.img_size={config.training.img_size}", image, tokens),
+        (f"encoder.max_t5_encoding_len={text}", text, ""),
     ):
         if count % degrees.cp:
             yield (
-                (*names, KEYS["cp"]),
-                f"{origin}, which {KEYS['cp']}={degrees.cp} must divide: use {choices(divisors(gcd(image, text)))}",
+                (key.partition("=")[0], KEYS["cp"]),
+                f"{KEYS['cp']}={degrees.cp} must divide {of}{key}: use {choices(divisors(gcd(image, text)))}",
+            )
+
+
+def _products_in_8_bits(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
+    """Weight gradients add up over the tokens of a forward pass, of which 8-bit matrix units take whole packs."""
+    samples = config.training.local_batch_size
+    image = (config.training.img_size // PIXELS_PER_TOKEN) ** 2
+    for converter in config.model.converters:
+        pack = SIZE_MULTIPLE[converter]
+        for kind, key, tokens in (
+            ("image", "training.img_size", image),
+            ("text", "encoder.max_t5_encoding_len", config.encoder.max_t5_encoding_len),
+        ):
+            each, rest = divmod(tokens, degrees.cp)  # tokens of a sample on one process
+            if rest or samples * each % pack == 0:
+                continue
+            step = pack // gcd(pack, each)
+            below = samples - samples % step
+            fitting = f"{below} or {below + step}" if below else f"{step}"
+            yield (
+                ("model.converters", "training.local_batch_size", key, KEYS["cp"]),
+                f"training.local_batch_size={samples} x {each} {kind} tokens must be a multiple of {pack} for "
+                f"model.converters={show(config.model.converters)}: use training.local_batch_size={fitting}",
             )
 
 
@@ -108,12 +134,10 @@ def _ring(config: JobConfig) -> Iterator[Finding]:
 
 def _recomputation(config: JobConfig) -> Iterator[Finding]:
     section = config.activation_checkpoint
-    option = section.selective_ac_option
-    if section.mode == "selective" and selective_every(option) == 0:
-        yield (
-            ("activation_checkpoint.selective_ac_option",),
-            f'activation_checkpoint.selective_ac_option={show(option)} must be a number of at least 1, or "op"',
-        )
+    try:
+        parse_selective_option(section.selective_ac_option)
+    except ValueError as error:
+        yield ("activation_checkpoint.selective_ac_option",), str(error)
     if section.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
         yield (
             ("activation_checkpoint.mode", "compile.enable", "compile.components"),
@@ -124,7 +148,7 @@ def _recomputation(config: JobConfig) -> Iterator[Finding]:
 
 def _converters(config: JobConfig) -> Iterator[Finding]:
     converters, float8 = config.model.converters, config.quantize.linear.float8
-    if len(set(converters)) > 1:
+    if len(converters) > 1:
         yield (
             ("model.converters",),
             f"model.converters={show(converters)} would convert the same layers twice: choose one",
@@ -135,9 +159,9 @@ def _converters(config: JobConfig) -> Iterator[Finding]:
             f"model.converters={show(converters)} and {KEYS['tp']}={config.parallelism.tensor_parallel_degree} both "
             "replace linear layers: leave one out",
         )
-    if "quantize.linear.float8" not in converters:
+    if FLOAT8 not in converters:
         return
-    prefix = "quantize.linear.float8"
+    prefix = FLOAT8
     if float8.enable_fsdp_float8_all_gather and float8.recipe_name != "tensorwise":
         yield (
             (f"{prefix}.enable_fsdp_float8_all_gather", f"{prefix}.recipe_name"),

@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
@@ -40,6 +40,18 @@ def load_config(argv: list[str], world_size: int | None = None, quiet: bool = Fa
     for warning in [] if quiet else warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return config
+
+
+def read_process_count(environment: Mapping[str, str]) -> int | None:
+    """Number of processes that run_train.sh is to start; None: $NGPU is not set.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    text = environment.get("NGPU", "")
+    if text and not (text.isascii() and text.isdecimal() and int(text)):
+        raise ConfigError(f"NGPU={text} must be a number of processes, 1 or more")
+    return int(text) if text else None
 
 
 def parse(argv: list[str], world_size: int | None = None) -> tuple[JobConfig, list[str]]:

@@ -42,8 +42,10 @@ def _lookup(config: JobConfig, name: str) -> Any:
     return value
 
 
-def _toml(value: bool | int | float | str) -> str:
+def _toml(value: bool | int | float | str | list[str]) -> str:
     """A TOML literal."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool | str):
         # JSON's strings are TOML's, except that TOML wants DEL escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

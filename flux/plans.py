@@ -35,25 +35,24 @@ class ParallelPlan:
 
 def make_plan(config: TransformerConfig) -> ParallelPlan:
     """The plan of a transformer of these sizes."""
-    mlp = int(config.mlp_ratio)  # the MLP's width in pieces of the hidden size
-    mlp_in = 2 * mlp if config.swiglu else mlp
-    column = {
-        "double_blocks.*.*_attn.qkv": 3,
-        "double_blocks.*.*_mlp.0": 2 if config.swiglu else 1,
-        "single_blocks.*.linear1": 3 + mlp_in,
-    }
-    row = {
-        "double_blocks.*.*_attn.proj": 1,
-        "double_blocks.*.*_mlp.2": 1,
-        "single_blocks.*.linear2": 1 + mlp,
-    }
+    column = {"double_blocks.*.*_attn.qkv": 3, "double_blocks.*.*_mlp.0": 2 if config.swiglu else 1}
+    row = {"double_blocks.*.*_attn.proj": 1, "double_blocks.*.*_mlp.2": 1}
+    blocks: tuple[str, ...] = ("double_blocks.*",)
+    head_norms: tuple[str, ...] = ("double_blocks.*.*_attn.norm.*_norm",)
+    if config.depth_single:  # Qwen-Image has none
+        mlp = int(config.mlp_ratio)  # the MLP's width in pieces of the hidden size
+        assert mlp == config.mlp_ratio, f"mlp_ratio={config.mlp_ratio} packs no whole pieces into linear1 and linear2"
+        column["single_blocks.*.linear1"] = 3 + (2 * mlp if config.swiglu else mlp)
+        row["single_blocks.*.linear2"] = 1 + mlp
+        blocks += ("single_blocks.*",)
+        head_norms += ("single_blocks.*.norm.*_norm",)
     return ParallelPlan(
-        blocks=("double_blocks.*", "single_blocks.*"),
+        blocks=blocks,
         attention="*_blocks.*.attention",
         sequence_tensors=("img_BTC", "img_ids_BTA", "txt_BLE", "txt_ids_BLA", "txt_mask_BL", "target_BTC"),
         column=column,
         row=row,
-        head_norms=("double_blocks.*.*_attn.norm.*_norm", "single_blocks.*.norm.*_norm"),
+        head_norms=head_norms,
         quantized=(*column, *row),
         precise_weight_gradients=("double_blocks.*.*_attn.qkv",),
     )

@@ -15,7 +15,7 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallel.config import ActivationCheckpoint
+from parallel.config import ActivationCheckpoint, parse_selective_option
 
 # What option "op" keeps: operators that cost far more time than the memory of their results is worth, and all that
 # communicates, since a network is slower than any memory. By name, since not every build of torch has all of them.
@@ -49,22 +49,6 @@ _KEPT_OPERATORS = (
         ),
     ),
 )
-
-
-def parse_selective_option(text: str) -> int | None:
-    """The n of "every n-th block"; None: per operator.
-
-    Raises:
-        ValueError: neither a number of at least 1 nor "op".
-    """
-    if text == "op":
-        return None
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise ValueError(
-            f'activation_checkpoint.selective_ac_option="{text}" must be a number of at least 1 or "op": '
-            '"2" recomputes every second block'
-        )
-    return int(text)
 
 
 def recomputed_blocks(section: ActivationCheckpoint, count: int) -> list[int]:

@@ -34,11 +34,10 @@ class CollectiveCounter(TorchDispatchMode):
             name = NAMES.get(function._opname)
             if name is not None:
                 self.calls[name] += 1
-                self.bytes[name] += max(_total_bytes(args), _total_bytes(result))
+                self.bytes[name] += max(map(_total_bytes, (*args, result)))
         return result
 
 
 def _total_bytes(tree: Any) -> int:
-    """Of the largest tensor in a tree of arguments."""
-    sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return max(sizes, default=0)
+    """Of all tensors in one argument, which may be a list with a tensor of each rank."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -25,12 +25,16 @@ _VARIANTS = 64
 _REMEDY = "or set compile.enable=false, or compile.backend=aot_eager, which traces but generates no code"
 
 
+def compiles_model(section: Compile) -> bool:
+    return section.enable and "model" in section.components
+
+
 def apply_compile(blocks: Sequence[nn.Module], section: Compile) -> None:
     """Compiles each block at its first call, in place; no name changes.
 
     A block that is not one graph raises. Sizes are fixed at first; a second size makes a variant that serves the rest.
     """
-    if section.enable and "model" in section.components:
+    if compiles_model(section):
         for block in blocks:
             block.compile(fullgraph=True, backend=section.backend, recompile_limit=_VARIANTS)
 

@@ -54,11 +54,20 @@ class ActivationCheckpoint:
     ] = 0.5
 
 
-def selective_every(option: str) -> int | None:
-    """The n of "every n-th block"; None: per operator; 0: neither."""
-    if option == "op":
+def parse_selective_option(text: str) -> int | None:
+    """The n of "every n-th block"; None: per operator.
+
+    Raises:
+        ValueError: neither a number of at least 1 nor "op".
+    """
+    if text == "op":
         return None
-    return int(option) if option.isdecimal() else 0
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise ValueError(
+            f'activation_checkpoint.selective_ac_option="{text}" must be "op", or n for every n-th block: '
+            'use "op", "1", "2" or a larger number'
+        )
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,11 @@ class Compile:
         default_factory=lambda: ["model", "loss"]
     )
     backend: Annotated[str, "backend of torch.compile", "[1, inf)"] = "inductor"
+
+
+FLOAT8, MXFP8 = "quantize.linear.float8", "quantize.linear.mx"  # the names that model.converters may hold
+# What 8-bit matrix units can multiply: sizes in multiples of this, tokens included where the weight gradient is 8-bit.
+SIZE_MULTIPLE = {FLOAT8: 16, MXFP8: 32}
 
 
 @dataclass(frozen=True)

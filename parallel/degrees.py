@@ -69,23 +69,27 @@ def resolve_degrees(section: Parallelism, world_size: int | None) -> Degrees:
     fixed = prod(degree for degree in wanted.values() if degree != -1)
     if world_size is None:
         return Degrees(**{name: max(degree, 1) for name, degree in wanted.items()})
-    arithmetic = " x ".join(f"{name} {degree}" for name, degree in wanted.items() if degree != -1)
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    named = [f"{KEYS[name]}={degree}" for name, degree in wanted.items() if degree > 1] or [f"{KEYS['dp_shard']}=1"]
+    product = " x ".join(named) + (f" = {fixed}" if len(named) > 1 else "")
     if open_axes:
         if world_size % fixed:
+            what = "degrees whose product is " if len(named) > 1 else ""
             raise ValueError(
-                f"{arithmetic} = {fixed} ranks must divide the {processes} of this run: "
-                f"use degrees whose product is {choices(divisors(world_size))}, or another number of processes"
+                f"{product} must divide the {_processes(world_size)} of this run: "
+                f"use {what}{choices(divisors(world_size))}, or a number of processes that is a multiple of {fixed}"
             )
         wanted[open_axes[0]] = world_size // fixed
     elif fixed != world_size:
         left = wanted["dp_replicate"] * wanted["cp"] * wanted["tp"]
         fitting = f"{KEYS['dp_shard']}={world_size // left} or -1, or " if world_size % left == 0 else ""
         raise ValueError(
-            f"{arithmetic} = {fixed} ranks must be the {processes} of this run: use {fitting}{fixed} "
-            f"process{'es' if fixed > 1 else ''}"
+            f"{product} must be the number of processes, which is {world_size}: use {fitting}{_processes(fixed)}"
         )
     return Degrees(**wanted)
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def divisors(number: int) -> list[int]:

@@ -46,19 +46,20 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 def _global_norm(gradients: list[Tensor]) -> Tensor:
     """Square sums of this rank's parts, added up over the axes that split them: one collective per axis.
 
-    torch's own get_total_norm refuses gradients of several meshes, and takes the norm of bf16 gradients in bf16. Sums are
-    float64, so that the norm does not depend on the order in which a collective adds.
+    torch's own get_total_norm refuses gradients of several meshes, and takes the norm of bf16 gradients in bf16. Sums
+    are float64, so that the norm does not depend on the order in which a collective adds.
     """
     kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for gradient in gradients:
         kinds.setdefault(_splitting_groups(gradient), []).append(_local(gradient))
-    sums = torch.stack([_square_sum(local, _collective_device(gradients)) for local in kinds.values()])
+    device = _collective_device(gradients)
+    sums = {kind: _square_sum(local, device) for kind, local in kinds.items()}
     for group in dict.fromkeys(group for kind in kinds for group in kind):
-        mine = torch.tensor([group in kind for kind in kinds], device=sums.device)
-        added = sums * mine
+        mine = [kind for kind in kinds if group in kind]
+        added = torch.stack([sums[kind] for kind in mine])
         all_reduce(added, group=group)
-        sums = torch.where(mine, added, sums)
-    return sums.sum().sqrt().float()
+        sums |= zip(mine, added.unbind(), strict=True)
+    return torch.stack(list(sums.values())).sum().sqrt().float()
 
 
 def _splitting_groups(gradient: Tensor) -> tuple[ProcessGroup, ...]:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.compile import apply_compile
+from parallel.compile import apply_compile, check_compiler, compiles_model
 from parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
 from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_fsdp
 from parallel.mesh import Layout
 from parallel.names import find_modules
-from parallel.quantize import apply_converters
+from parallel.quantize import apply_converters, check_converters
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -49,6 +49,24 @@ class Techniques:
     param_dtype: torch.dtype  # of the computation
     reduce_dtype: torch.dtype  # in which gradients are summed over ranks
     cpu_offload: bool
+
+
+def check_techniques(techniques: Techniques, device_type: str) -> None:
+    """Asked at the start of a run, since compilers and 8-bit products would fail only in its first step.
+
+    Raises:
+        ValueError: something that this machine has not got.
+    """
+    check_compiler(techniques.compile, device_type)
+    check_converters(techniques.converters, techniques.quantize, device_type)
+    recompute, tp = techniques.activation_checkpoint, techniques.parallelism.tensor_parallel_degree
+    whole_blocks = recompute.mode == "full" or (recompute.mode == "selective" and recompute.selective_ac_option != "op")
+    if device_type == "cpu" and tp > 1 and whole_blocks and compiles_model(techniques.compile):
+        # torch 2.13 miscounts what it saves: it keeps random states for attention behind the mesh of a DTensor.
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree={tp} with compile.enable=true cannot recompute whole blocks on a CPU: "
+            'set activation_checkpoint.mode="none", or "selective" with selective_ac_option="op"'
+        )
 
 
 def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techniques) -> None:

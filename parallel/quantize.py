@@ -7,7 +7,7 @@ only when it is used.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from parallel.config import MX, Float8, Quantize
+from parallel.config import FLOAT8, MX, MXFP8, SIZE_MULTIPLE, Float8, Quantize
 from parallel.names import matches
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
-FLOAT8, MXFP8 = "quantize.linear.float8", "quantize.linear.mx"  # the names that model.converters may hold
-# What 8-bit matrix units can multiply: sizes in multiples of this, tokens included where the weight gradient is 8-bit.
-SIZE_MULTIPLE = {FLOAT8: 16, MXFP8: 32}
 
 _Filter = Callable[[nn.Module, str], bool]
 
@@ -47,9 +44,8 @@ def apply_converters(
         keep_weight_gradient: patterns of those whose weight gradient is not computed in 8 bits.
 
     Raises:
-        ValueError: see check_converters; or there is no layer to convert.
+        ValueError: there is no layer to convert.
     """
-    check_converters(converters, section, device_type)
     converted: list[str] = []
     for converter in converters:
         settings = section.linear.float8 if converter == FLOAT8 else section.linear.mx
@@ -88,52 +84,17 @@ def check_converters(converters: Sequence[str], section: Quantize, device_type: 
     """Can these converters run here?
 
     Raises:
-        ValueError: an unknown or a second converter, settings that exclude each other, no torchao, other hardware.
+        ValueError: no torchao, or hardware that does not multiply in 8 bits.
     """
-    if not converters:
-        return
-    for converter in converters:
-        if converter not in SIZE_MULTIPLE:
-            raise ValueError(f'model.converters holds "{converter}": choose from "{FLOAT8}" and "{MXFP8}"')
-    if len(converters) > 1:
-        raise ValueError(f"model.converters={list(converters)} must hold one converter: they convert the same layers")
-    if importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"{converters[0]} needs torchao: install it, or leave it out of model.converters")
-    if converters[0] == FLOAT8:
-        _check_float8(section.linear.float8, device_type)
-    elif section.linear.mx.recipe_name != "mxfp8_emulated":
-        _check_capability(MXFP8, (10, 0), device_type, f"{MXFP8}.recipe_name=mxfp8_emulated")
-
-
-def check_rows(converters: Sequence[str], rows: Mapping[str, int]) -> None:
-    """Can the weight gradients be computed in 8 bits? Their products add up over the rows of the layers' inputs.
-
-    Args:
-        rows: a name of each stream of tokens -> its tokens in one forward pass of one process, samples times length.
-
-    Raises:
-        ValueError: rows that no 8-bit unit takes.
-    """
-    for converter in converters:
-        for name, count in rows.items():
-            if count % SIZE_MULTIPLE[converter]:
-                raise ValueError(
-                    f"{converter} needs a multiple of {SIZE_MULTIPLE[converter]} {name} tokens in each forward pass of "
-                    f"a process, not {count}: change training.local_batch_size, or the length of a sample"
-                )
-
-
-def _check_float8(settings: Float8, device_type: str) -> None:
-    gathers = f"{FLOAT8}.enable_fsdp_float8_all_gather"
-    if settings.enable_fsdp_float8_all_gather and settings.recipe_name != "tensorwise":
+    if converters and importlib.util.find_spec("torchao") is None:
         raise ValueError(
-            f"{gathers}=true needs {FLOAT8}.recipe_name=tensorwise, not {settings.recipe_name}: "
-            "a weight's shards can share one scale, not one per row and column"
+            f"model.converters={list(converters)} needs torchao: install it with `pip install torchao==0.18.0`, or "
+            "leave the key out"
         )
-    if settings.precompute_float8_dynamic_scale_for_fsdp and not settings.enable_fsdp_float8_all_gather:
-        raise ValueError(f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp=true needs {gathers}=true")
-    if not settings.emulate:
+    if FLOAT8 in converters and not section.linear.float8.emulate:
         _check_capability(FLOAT8, (8, 9), device_type, f"{FLOAT8}.emulate=true")
+    if MXFP8 in converters and section.linear.mx.recipe_name != "mxfp8_emulated":
+        _check_capability(MXFP8, (10, 0), device_type, f'{MXFP8}.recipe_name="mxfp8_emulated"')
 
 
 def _check_capability(converter: str, needed: tuple[int, int], device_type: str, instead: str) -> None:

@@ -37,8 +37,8 @@ class RunEnd:
     rank: int
     folder: Path | None = None  # None: there is no run folder yet
     step: int = 0  # the last finished step
-    # Whether this rank says what went wrong where nobody collects records. Until ranks can talk to each other only rank 0
-    # does: what fails before, the configuration, fails on all of them.
+    # Whether this rank says what went wrong, where nobody collects records. Until ranks can talk to each other only
+    # rank 0 does: what fails before, the configuration, fails on all of them.
     may_speak: Callable[[], bool] | None = None
 
 
@@ -50,9 +50,9 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
             end.folder = claim_run_folder(...)
 
     An error of `codes` that was raised in this project's own code is for the user to mend: its message is told, without
-    traceback. Any other exception is a fault of the recipe and keeps its traceback. SIGTERM ends the body the way Ctrl-C
-    does. It is told on stderr, or by who named a file for the record in $FLUX_EXIT_RECORD: of several ranks that fail,
-    only that process knows which one to believe.
+    traceback. Any other exception is a fault of the recipe and keeps its traceback. SIGTERM ends the body the way
+    Ctrl-C does. All this is told on stderr, or by the process that named a file for the record in $FLUX_EXIT_RECORD: of
+    several ranks that fail, only that one knows which to believe.
 
     Args:
         rank: of this process. Rank 0 records success.

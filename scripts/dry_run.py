@@ -1,4 +1,4 @@
-"""Builds a run on pretended processes, takes one step without memory or data, and tells what each rank would hold and send.
+"""Builds a run on pretended processes, takes one step without memory or data, and tells what a rank holds and sends.
 
     NGPU=1024 ./run_train.sh --comm.mode fake_backend --job.config_file train_configs/flux_dev.toml
     python -m scripts.dry_run --ranks 1024 --job.config_file train_configs/flux_dev.toml [--section.key value ...]
@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config.job_config import JobConfig
-from config.parse import load_config
+from config.parse import load_config, read_process_count
 from flux.batch import TextCond
 from flux.flow import squared_error_sum
 from flux.inputs import make_model_inputs
@@ -58,6 +58,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
         config, compile=replace(config.compile, enable=False), comm=replace(config.comm, mode="fake_backend")
     )
     layout, spec = build_run_layout(config, world_size), SPECS[config.model.flavor]
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     try:
         model = build_model(config, spec, layout)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # tensors change their class
@@ -86,6 +87,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
                 bytes=dict(counter.bytes),
             )
     finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         close_layout(layout)
 
 
@@ -105,26 +107,34 @@ def make_empty_inputs(config: JobConfig, layout: Layout) -> dict[str, torch.Tens
 
 def describe(run: DryRun, config: JobConfig) -> Iterator[str]:
     """Lines for people."""
-    degrees = run.layout.degrees
-    held = run.weights + run.gradients + run.optimizer_states
-    yield f"mesh        {degrees.world} ranks = {degrees}"
-    yield f"model       {config.model.flavor}, {run.parameters:,} parameters, computing in {compute_dtype(config)}"
-    yield f"rank 0      {held / GIB:.2f} GiB = weights {run.weights / GIB:.2f} + gradients {run.gradients / GIB:.2f}"
-    yield f"            + optimizer states {run.optimizer_states / GIB:.2f}, without activations and encoders"
-    yield f"gathered    {run.largest_block / GIB:.2f} GiB for the largest block, at most two at a time"
-    yield f"per step    of {config.training.local_batch_size} samples, forward, backward and gradient norm:"
+    degrees, dtype = run.layout.degrees, str(compute_dtype(config)).removeprefix("torch.")
+    yield "mesh        " + (f"{degrees.world} ranks = {degrees}" if degrees.world > 1 else str(degrees))
+    yield f"model       {config.model.flavor}, {run.parameters:,} parameters, computing in {dtype}"
+    held = {"weights": run.weights, "gradients": run.gradients, "optimizer states": run.optimizer_states}
+    yield f"rank 0    {_size(sum(held.values()))} held, without activations and encoders:"
+    for name, size in held.items():
+        yield f"          {_size(size)} {name}"
+    yield f"gathered  {_size(run.largest_block)} for the largest block, at most two at a time"
+    yield f"per step  forward, backward and gradient norm of {config.training.local_batch_size} samples:"
     for name in sorted(run.calls):
-        yield f"            {run.calls[name]:5d} x {name:<15}{run.bytes[name] / GIB:9.2f} GiB"
+        yield f"          {_size(run.bytes[name])} in {run.calls[name]:4d} x {name}"
     if not run.calls:
         yield "            no communication"
 
 
+def _size(count: int) -> str:
+    return f"{count / GIB:8.2f} GiB" if count >= GIB else f"{count / 2**20:8.2f} MiB"
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.dry_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.dry_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the other options are the configuration's
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    parser.add_argument("--ranks", type=int, default=world, help="number of pretended processes (default: %(default)s)")
+    ranks = read_process_count(os.environ) or 1
+    parser.add_argument("--ranks", type=int, default=ranks, help="number of pretended processes ($NGPU, or 1)")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.ranks < 1:
         raise ValueError(f"--ranks={arguments.ranks} must be at least 1")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 STEPS = 5
 UPDATE = 8  # samples of every update, whatever the layout
-# The recipe's own initialization makes every block the identity and the first prediction zero: 94 of 96 gradients of the
-# first step are exactly zero then, and even causal attention goes unseen.
+# The recipe's own initialization makes every block the identity and the first prediction zero: 94 of 96 gradients of
+# the first step are exactly zero then, and even causal attention goes unseen.
 WEIGHT_SCALE = 0.6
 OVERRIDES = [
     *TINY,

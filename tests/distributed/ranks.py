@@ -76,7 +76,8 @@ def _run(
             timeout=timedelta(seconds=timeout),
         )
         value = function(rank, world_size, *args)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     else:

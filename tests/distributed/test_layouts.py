@@ -108,7 +108,7 @@ def test_no_gradient_of_the_comparison_is_zero(one_process):
 @pytest.mark.parametrize("name", layout_rows())
 def test_a_layout_gives_the_numbers_of_one_process(one_process, name):
     processes, options = LAYOUTS[name]
-    outcome = train_layout(processes, *([BATCH(8)] + list(options)))
+    outcome = train_layout(processes, BATCH(8), *options)
     loss, gradients = distances(outcome, one_process)
     worst = max(gradients, key=lambda parameter: gradients[parameter])
     assert loss < LOSS_TOLERANCE

@@ -12,7 +12,7 @@ import pytest
 from config.parse import ConfigError, parse
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/parallelism.md", "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
@@ -26,7 +26,7 @@ def commands(text: str) -> list[list[str]]:
 
 def is_command(line: str) -> bool:
     """Whether a line starts one of the project's own commands; a block may show output too."""
-    return re.match(r"(\$ )?([A-Z_]+=\S* )*(\./|\S*python3? |\.venv/|\.ci/)", line) is not None
+    return re.match(r"(\$ )?([A-Z_]+=\S* )*(\./|\S*python3? |torchrun |\.venv/|\.ci/)", line) is not None
 
 
 def problem(command: list[str]) -> str | None:
@@ -38,6 +38,8 @@ def problem(command: list[str]) -> str | None:
         return config_problem(["--job.config_file", file, *arguments])
     if program in ("./run_tests.sh", ".ci/run"):
         return None if (ROOT / program).is_file() else f"{program} does not exist"
+    if program == "torchrun":
+        return config_problem(arguments[arguments.index("train.py") + 1 :])
     if not re.search(r"python3?$", program):
         return None  # a tool
     if arguments[:1] == ["train.py"]:
@@ -114,6 +116,7 @@ def test_the_reader_finds_commands_and_only_them():
         "./run_train.sh --training.steps many",
         "CONFIG_FILE=train_configs/none.toml ./run_train.sh",
         "python train.py --job.config_file train_configs/none.toml",
+        "torchrun --nproc_per_node=8 train.py --training.stepz 5",
         "python -m scripts.no_such_script",
         "python -m scripts.check_config train_configs/none.toml",
         ".venv/bin/python -m scripts.sample --no-such-flag 1",
@@ -123,7 +126,9 @@ def test_a_wrong_command_is_found(command):
     assert problem(shlex.split(command)) is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/data_flow.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/data_flow.md", "docs/parallelism.md", "benchmarks/README.md"]
+)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     missing = [target for target in targets if "://" not in target and not ((ROOT / page).parent / target).exists()]

@@ -40,15 +40,20 @@ def test_values_without_effect_are_checked_all_the_same():
 
 def test_wildcards_take_any_key_and_value(tmp_path):
     file = tmp_path / "quantize.toml"
-    file.write_text(
-        '[quantize.linear.float8]\nfilter_fqns = ["a"]\nemulate = true\n[quantize.linear.mx]\nany = {b = 1}\n'
-    )
+    file.write_text('[quantize.grouped_mm]\nfqns = ["a"]\nemulate = true\n[quantize.grouped_mm.mx]\nany = {b = 1}\n')
     _, warnings = parse(["--job.config_file", str(file)])
     assert len(warnings) == 1
-    for name in ("float8.filter_fqns", "float8.emulate", "mx.any"):
-        assert f"quantize.linear.{name}" in warnings[0]
+    for name in ("fqns", "emulate", "mx"):
+        assert f"quantize.grouped_mm.{name}" in warnings[0]
+
+
+def test_a_wildcard_covers_no_key_beside_it():
+    with pytest.raises(ConfigError, match=r"key 'quantize.linear.grouped_mm' is unknown"):
+        parse(["--quantize.linear.grouped_mm", "1"])
 
 
 def test_bare_booleans_and_lists_without_effect():
-    _, warnings = parse(["--checkpoint.enable", "--model.converters", "float8,mx", "--checkpoint.enable", "false"])
-    assert warnings == ["these keys have no effect yet: checkpoint.enable, model.converters"]
+    _, warnings = parse(
+        ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "a,b", "--checkpoint.enable", "false"]
+    )
+    assert warnings == ["these keys have no effect yet: checkpoint.enable, checkpoint.exclude_from_loading"]

@@ -6,11 +6,6 @@ from config.parse import ConfigError, parse
 
 FAULTS = [
     ("--training.img_size=24", "training.img_size=24 must be a multiple of 16: use 16 or 32"),
-    (
-        "--training.global_batch_size=4",
-        "training.global_batch_size=4 must be a multiple of training.local_batch_size=8",
-    ),
-    ("--training.global_batch_size=20", "use 16, 24, or -1"),
     ("--training.dataset=imagefolder", 'training.dataset="imagefolder" needs training.dataset_path'),
     (
         "--validation.enable --validation.dataset=imagefolder",
@@ -23,6 +18,10 @@ FAULTS = [
 DOUBTS = [
     ("--training.dataset_path=x", 'training.dataset_path="x" is not read: shapes draws its own pictures'),
     ("--validation.dataset_path=x", 'validation.dataset_path="x" is not read'),
+    (
+        "--compile.enable --compile.components=",
+        "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both",
+    ),
     ("--training.guidance=3.5", "training.guidance=3.5 has no effect: flux-tiny embeds no guidance"),
     (
         "--validation.enable --validation.enable_classifier_free_guidance",
@@ -52,6 +51,8 @@ FINE = [
     "--training.dtype=bfloat16",
     "--training.dtype=float32 --training.mixed_precision_param=float32",
     "--training.guidance=3.5 --model.flavor=flux-dev",
+    "--compile.components=",
+    "--compile.enable --compile.components=loss",
     "--validation.enable --validation.enable_classifier_free_guidance --training.classifier_free_guidance_prob=0.1",
     "--training.steps=200 --lr_scheduler.decay_ratio=0",
     "--training.steps=400 --lr_scheduler.decay_ratio=0.5",

@@ -29,5 +29,15 @@ def test_every_key_has_meaning_range_and_default():
         assert name in blocks
 
 
+def test_lists_say_that_they_are_some():
+    """How each is written on the command line stands at the top; an empty list is its own default."""
+    blocks = {block.split("\n")[0]: " ".join(block.split()) for block in help_text().split("\n  --")}
+    assert "a list is written with commas" in " ".join(help_text().split())
+    assert '(list of texts, each model or loss; default: ["model", "loss"])' in blocks["compile.components"]
+    assert "(list of texts; default: [])" in blocks["quantize.linear.float8.filter_fqns"]
+    for name, key in KEYS.items():
+        assert ("(list of texts" in blocks[name]) == (key.kind is list)
+
+
 def test_lines_fit_a_terminal():
     assert max(map(len, help_text().splitlines())) <= 110

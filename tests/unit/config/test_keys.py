@@ -62,9 +62,32 @@ def test_wrong_kind_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("name", CHOOSING)
 def test_unknown_choice_lists_the_known_ones(tmp_path, name):
-    error = error_of(tmp_path, name, "nonsense")
-    assert f'{name}="nonsense" is not a known choice' in error
-    assert all(choice in error for choice in find_key(name).choices)
+    key = find_key(name)
+    if key.kind is list:
+        error = error_of(tmp_path, name, [key.choices[0], "nonsense"])
+        assert f'"nonsense" in {name} is not a known choice' in error
+    else:
+        error = error_of(tmp_path, name, "nonsense")
+        assert f'{name}="nonsense" is not a known choice' in error
+    assert all(choice in error for choice in key.choices)
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.kind is list])
+def test_lists_hold_texts_only(tmp_path, name):
+    key = KEYS[name]
+    for value in ([1], [["a"]], ["a", True]):
+        assert f"{name}={json.dumps(value)} must be a list of texts" in error_of(tmp_path, name, value)
+    good = list(key.choices) or ["a", "b, c"]
+    assert key.checked(good) == good and key.checked([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("model", ["model"]), ("model,loss", ["model", "loss"]), ("loss, model,", ["loss", "model"]), ("", [])],
+)
+def test_lists_on_the_command_line(text, value):
+    assert parse([f"--compile.components={text}"])[0].compile.components == value
+    assert parse(["--compile.components", text])[0].compile.components == value
 
 
 def bounds(notation: str) -> tuple[float | None, float, bool, float, bool]:

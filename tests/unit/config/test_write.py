@@ -1,6 +1,7 @@
 """A configuration that is written down gives the same configuration when it is read."""
 
 import tempfile
+import tomllib
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -16,12 +17,28 @@ from config.write import format_config, save_config
 ALL_TEXT = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=12)
 
 
+# What must divide something.
+DIVIDING = {
+    "training.global_batch_size",
+    "parallelism.context_parallel_degree",
+    "parallelism.tensor_parallel_degree",
+}
+
+
 def values_of(key: Key) -> st.SearchStrategy:
     """Values of a key that no rule between keys forbids."""
     if key.name == "training.img_size":
         values = st.integers(1, 64).map(lambda tokens: 16 * tokens)
-    elif key.name == "training.global_batch_size":
-        values = st.just(-1)
+    elif key.name == "training.local_batch_size":
+        values = st.integers(1, 9).map(lambda samples: 16 * samples)  # tokens that 8-bit converters can take
+    elif key.name in DIVIDING:
+        values = st.just(key.default)
+    elif key.name == "activation_checkpoint.mode":
+        values = st.sampled_from(["none", "selective", "full"])
+    elif key.name == "activation_checkpoint.selective_ac_option":
+        values = st.sampled_from(["op", "1", "7"])
+    elif key.name.endswith((".enable_fsdp_float8_all_gather", ".precompute_float8_dynamic_scale_for_fsdp")):
+        values = st.just(False)
     elif key.name == "training.mixed_precision_param":
         values = st.just("bfloat16")
     elif key.name == "debug.seed":
@@ -30,6 +47,8 @@ def values_of(key: Key) -> st.SearchStrategy:
         values = st.integers(1, 9)
     elif key.name.endswith(".dataset_path"):
         return ALL_TEXT
+    elif key.kind is list:
+        values = st.lists(st.sampled_from(key.choices) if key.choices else ALL_TEXT, max_size=1 if key.choices else 3)
     elif key.choices:
         values = st.sampled_from(key.choices)
     elif key.kind is bool:
@@ -66,6 +85,25 @@ def test_round_trip(config):
         file = Path(folder) / "config.toml"
         save_config(config, file)
         assert parse(["--job.config_file", str(file)])[0] == config
+
+
+def test_lists_and_nested_tables_come_back(tmp_path):
+    config = load_config(
+        [
+            "--model.converters=quantize.linear.float8",
+            "--compile.components=loss",
+            '--quantize.linear.float8.filter_fqns=a.b,"c,\\d#',
+            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+            "--quantize.linear.mx.recipe_name=mxfp8_emulated",
+            "--parallelism.tensor_parallel_degree=1",
+        ]
+    )
+    assert config.quantize.linear.float8.filter_fqns == ["a.b", '"c', "\\d#"]
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(["--job.config_file", str(tmp_path / "config.toml")]) == config
+    tables = tomllib.loads((tmp_path / "config.toml").read_text())
+    assert tables["quantize"]["linear"]["float8"]["filter_fqns"] == ["a.b", '"c', "\\d#"]
+    assert tables["compile"]["components"] == ["loss"] and tables["quantize"]["linear"]["mx"]["filter_fqns"] == []
 
 
 def test_equality_sees_every_key_but_the_file_it_came_from():

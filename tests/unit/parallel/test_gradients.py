@@ -14,8 +14,8 @@ from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, Layers, build_layers, make_full, world_size
 
 NORM_TOLERANCE = 1e-5  # relative; square sums are fp32 within a rank
-# Of single elements: the update is one elementwise formula, but its vectorized kernels round the last elements of a
-# tensor otherwise than the first, and a part ends elsewhere than the whole.
+# Of single elements: a vectorized kernel rounds the last elements of a tensor otherwise (one rounding, 1.5e-8), and a
+# part ends elsewhere than the whole.
 UPDATE_TOLERANCE = 1e-6
 STEPS = 10
 ADAMW = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -31,7 +31,9 @@ def with_gradients(layers: nn.Module, gradients: dict[str, torch.Tensor]) -> lis
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(value.double().square().sum().item() for name, value in gradients.items() if name != "rows.bias"))
+    return math.sqrt(
+        sum(value.double().square().sum().item() for name, value in gradients.items() if name != "rows.bias")
+    )
 
 
 def clip_spread(rank: int, world: int, layout: str) -> dict:

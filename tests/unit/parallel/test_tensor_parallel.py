@@ -14,13 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from flux.model import FluxTransformer
 from flux.plans import ParallelPlan, make_plan
 from flux.spec import SPECS, TransformerConfig
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.config import ActivationCheckpoint
 from parallel.shards import copy_full_, full_tensor
 from parallel.tensor_parallel import apply_tensor_parallel, fsdp_placement
 from tests.distributed.ranks import run_ranks
 
-# Of the largest element of a tensor, in fp32: sums over columns and over samples are taken in another order.
-TOLERANCE = 2e-5
-# The same with bf16 weights and activations: 8 bits of mantissa, through a few layers.
+# Of the largest element of a tensor, in fp32: sums over columns and over samples are taken in another order (2e-6).
+TOLERANCE = 1e-5
+# The same with bf16 weights and activations: 8 bits of mantissa through a few layers (0.05, in key norms).
 BF16_TOLERANCE = 0.15
 CONFIGS = {
     "flux": SPECS["flux-tiny"].transformer,
@@ -82,7 +84,8 @@ def make_weights(model: nn.Module) -> dict[str, Tensor]:
     """Large everywhere, gates and last layer too: each branch of the model counts."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(p.shape, generator=generator) * 0.6 / p.shape[-1] ** 0.5 for name, p in model.named_parameters()
+        name: torch.randn(p.shape, generator=generator) * 0.6 / p.shape[-1] ** 0.5
+        for name, p in model.named_parameters()
     }
 
 
@@ -143,15 +146,24 @@ def leave(block: nn.Module) -> None:
 
 def recompute(block: nn.Module) -> None:
     forward = block.forward
-    block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
+    block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_block(block: nn.Module) -> None:
-    recompute(block)
     block.compile(backend="aot_eager", fullgraph=True)
 
 
-PREPARATIONS = {"eager": leave, "recomputed": recompute, "compiled": compile_block}
+def compile_recomputed(block: nn.Module) -> None:
+    apply_activation_checkpoint([block], ActivationCheckpoint(mode="selective", selective_ac_option="op"))
+    compile_block(block)
+
+
+PREPARATIONS = {
+    "eager": leave,
+    "recomputed": recompute,
+    "compiled": compile_block,
+    "compiled and recomputed by operator": compile_recomputed,
+}
 
 
 def compare(
@@ -204,8 +216,18 @@ def largest(results: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(result[name] for result in results) for name in results[0]}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"tp": 4}, {"fsdp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "axes"),
+    [
+        ("flux", {"tp": 2}),
+        ("flux", {"tp": 4}),
+        ("flux", {"fsdp": 2, "tp": 2}),
+        ("flux2", {"tp": 4}),
+        ("flux2", {"fsdp": 2, "tp": 2}),
+        ("qwen", {"tp": 2}),
+    ],
+    ids=str,
+)
 def test_a_split_model_is_the_whole_model(family, axes):
     world = axes["tp"] * axes.get("fsdp", 1)
     found = largest(run_ranks(compare, world, family, axes))
@@ -222,11 +244,19 @@ def test_a_split_model_is_the_whole_model(family, axes):
 )
 def test_the_comparison_sees_a_wrong_split(fault, wrong):
     found = largest(run_ranks(compare, 2, "flux", {"tp": 2}, fault))
-    assert found[wrong] > 1000 * TOLERANCE
+    assert found[wrong] > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("preparation", ["recomputed", "compiled"])
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"fsdp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("preparation", "axes"),
+    [
+        ("recomputed", {"fsdp": 2, "tp": 2}),
+        ("compiled", {"tp": 2}),
+        pytest.param("compiled", {"fsdp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param("compiled and recomputed by operator", {"tp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_blocks_may_be_recomputed_and_compiled(preparation, axes):
     world = axes["tp"] * axes.get("fsdp", 1)
     found = largest(run_ranks(compare, world, "flux2", axes, "", preparation))
@@ -235,7 +265,7 @@ def test_blocks_may_be_recomputed_and_compiled(preparation, axes):
 
 def test_a_split_model_computes_in_bf16_under_fsdp():
     axes = {"fsdp": 2, "tp": 2}
-    found = largest(run_ranks(compare, 4, "flux", axes, "", "eager", torch.bfloat16))
+    found = largest(run_ranks(compare, 4, "flux2", axes, "", "eager", torch.bfloat16))
     assert {name: value for name, value in found.items() if not value < BF16_TOLERANCE} == {}
     assert found["output"] > TOLERANCE
 

@@ -143,11 +143,45 @@ def test_success_is_rank_0s_and_a_failure_after_it_replaces_it(tmp_path):
 def test_the_record_is_written_to_the_named_file_too_and_leaves_nothing_else(tmp_path, monkeypatch):
     named = tmp_path / "named.json"
     monkeypatch.setenv(RECORD_VARIABLE, str(named))
-    write_exit_record(None, exit_codes.CONFIG, "no folder yet", step=0, rank=0)
-    assert json.loads(named.read_text())["code"] == exit_codes.CONFIG
-    # run_train.sh picks the code out of this very text.
-    assert named.read_text().startswith('{"code": 2, ')
+    write_exit_record(None, exit_codes.CONFIG, "no folder yet", step=0, rank=0, text="to tell")
+    record = {"code": 2, "reason": "no folder yet", "step": 0, "rank": 0, "text": "to tell"}
+    assert json.loads(named.read_text()) == record
     assert os.listdir(tmp_path) == ["named.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(Broken("a.png does not decode"), "a.png does not decode"), (RuntimeError("x"), "Traceback (")]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_names_a_file_tells_the_end(tmp_path, monkeypatch, capfd, error, text, rank):
+    """The ranks keep quiet, whatever they may; the first one's text lies ready."""
+    named = tmp_path / "named.json"
+    monkeypatch.setenv(RECORD_VARIABLE, str(named))
+    end_run(tmp_path, error, rank)
+    end_run(tmp_path, Broken("another rank, later"), rank=2)
+    assert capfd.readouterr().err == ""
+    record = json.loads(named.read_text())
+    assert record["text"].startswith(text) and record["rank"] == rank
+
+
+def test_a_rank_whose_record_cannot_be_placed_speaks_itself(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path / "gone" / "named.json"))
+    assert end_run(tmp_path, Broken("a.png does not decode"))[0] == exit_codes.DATA
+    said = capfd.readouterr().err
+    assert "named.json could not be written" in said and said.endswith("\na.png does not decode\n")
+
+
+@pytest.mark.parametrize(
+    ("rank", "may", "speaks"), [(0, None, True), (1, None, False), (0, False, False), (1, True, True)]
+)
+@pytest.mark.parametrize("error", [Broken("a.png does not decode"), RuntimeError("shapes differ"), KeyboardInterrupt()])
+def test_of_several_ranks_one_speaks(tmp_path, capfd, error, rank, may, speaks):
+    with pytest.raises(SystemExit), recorded_exit(rank, CODES) as end:
+        end.folder = tmp_path
+        end.may_speak = None if may is None else lambda: may
+        raise error
+    assert bool(capfd.readouterr().err) == speaks
+    assert (tmp_path / "exit.json").exists()
 
 
 def test_a_record_that_cannot_be_written_does_not_hide_the_end(tmp_path, capfd):

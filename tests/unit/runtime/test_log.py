@@ -1,5 +1,6 @@
 import io
 import logging
+import warnings
 
 import pytest
 
@@ -21,10 +22,13 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before():
+def logging_as_before(monkeypatch):
     root = logging.getLogger()
     handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *map(logging.getLogger, LOGGERS))}
-    yield
+    monkeypatch.delenv("LOG_RANK", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield
     root.handlers[:] = handlers
     for logger, level in levels.items():
         logger.setLevel(level)
@@ -52,12 +56,53 @@ def test_step_lines_have_one_width(capsys):
     assert len({len(line) for line in lines}) == 1
 
 
-def test_other_ranks_only_warn(capsys):
+def speak():
+    for name in ("flux.model", "a_library"):
+        logging.getLogger(name).info("%s tells", name)
+        logging.getLogger(name).warning("%s warns", name)
+        logging.getLogger(name).error("%s fails", name)
+    warnings.warn("this way is old", stacklevel=1)
+
+
+def told(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if ": " in line or " tells" in line]
+
+
+def test_one_rank_tells_what_all_do_and_each_its_errors(capsys, recwarn):
+    everything = [
+        "flux.model tells",
+        "warning: flux.model warns",
+        "error: flux.model fails",
+        "warning: a_library warns",
+        "error: a_library fails",
+    ]
+    setup_logging(rank=0)
+    speak()
+    assert told(capsys) == everything and len(recwarn) == 1
     setup_logging(rank=1)
-    logging.getLogger("flux.model").info("told by rank 0")
-    logging.getLogger("flux.model").warning("a photograph is small")
-    logging.getLogger("a_library").info("chatter")
-    assert capsys.readouterr().err == "warning: a photograph is small\n"
+    speak()
+    assert told(capsys) == ["error: flux.model fails", "error: a_library fails"] and len(recwarn) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rank", "shown"), [("1", 1, True), ("1", 0, False), ("0,2", 2, True), ("0,12", 2, False), ("", 0, False)]
+)
+def test_log_rank_chooses_who_tells(capsys, monkeypatch, chosen, rank, shown):
+    monkeypatch.setenv("LOG_RANK", chosen)
+    setup_logging(rank)
+    log_stage(1, 6, "mesh", "2 ranks")
+    assert bool(capsys.readouterr().err) == shown
+
+
+def test_only_the_rank_that_is_shown_has_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    setup_logging(rank=1)
+    steps = StepLog(4, shown=False)
+    steps.advance()
+    steps.report(1, VALUES)
+    steps.close()
+    assert terminal.getvalue() == ""
 
 
 def test_on_a_terminal_there_is_a_bar_and_lines_stay_whole(monkeypatch):

@@ -91,6 +91,48 @@ def test_ranks_share_out_the_same_samples(tokenizer):
     assert_bit_equal(load(tokenizer), {position: shared[position] for position in sorted(shared)})
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("cursor", "end"), [(0, 1), (0, 8), (0, 10), (0, 23), (0, 24), (5, 23), (7, 8), (9, 9)])
+def test_ranks_get_equally_many_full_batches(ranks, cursor, end):
+    """They wait for each other; what lies beyond the end only fills up the last batches."""
+    dealt = [list(PositionBatches(cursor, 4, rank, ranks, end)) for rank in range(ranks)]
+    assert len({len(batches) for batches in dealt}) == 1
+    assert all(len(batch) == 4 for batches in dealt for batch in batches)
+    positions = sorted(position for batches in dealt for batch in batches for position in batch)
+    assert [position for position in positions if position < end] == list(range(cursor, end))
+    assert len(positions) == len(set(positions)) < end - cursor + 4 * ranks, "no round without a position that counts"
+
+
+def test_every_update_uses_the_next_positions_on_any_layout():
+    """Two accumulated forward passes of 3 ranks are the same 24 positions as six of one."""
+    chain = itertools.chain.from_iterable
+    alone = chain(itertools.islice(PositionBatches(12, 4), 6))
+    shared = chain(chain(itertools.islice(PositionBatches(12, 4, rank, 3), 2) for rank in range(3)))
+    assert sorted(alone) == sorted(shared) == list(range(12, 36))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_samples_beyond_the_source_fill_up(tokenizer, ranks):
+    """A source of 3 is dealt in batches of 4: positions 3 and on show its pictures again, at other times."""
+    dataset = PositionedDataset(ShortSource(3), tokenizer, SPEC, 32, ValidationDraws(seed=5))
+    loaders = [Loader(dataset, PositionBatches(0, 4, rank, ranks, end=8), DataLoader()) for rank in range(ranks)]
+    samples = {}
+    for loader in loaders:
+        assert loader.end == 8
+        for raw in loader:
+            samples |= by_position(raw)
+    assert set(range(8)) <= samples.keys()
+    for position, sample in samples.items():
+        assert sample["caption"] == ShortSource(3)[position % 3].caption
+        assert sample["t"].item() == (position % 8 + 0.5) / 8
+    assert not torch.equal(samples[0]["noise"], samples[3]["noise"])
+
+
+def test_training_has_no_end(tokenizer):
+    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, DRAWS)
+    assert Loader(dataset, PositionBatches(0, 4), DataLoader()).end is None
+
+
 def test_a_cursor_continues_the_order(tokenizer):
     everything = load(tokenizer)
     rest = load(tokenizer, count=12, cursor=12)
@@ -136,9 +178,10 @@ def test_validation_is_the_same_at_every_pass(tokenizer):
     dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, ValidationDraws(seed=5))
     loader = Loader(dataset, PositionBatches(0, 4, end=10), DataLoader())
     first, second = ([*loader], [*loader])
-    assert [len(raw.captions) for raw in first] == [4, 4, 2]
+    assert [len(raw.captions) for raw in first] == [4, 4, 4] and loader.end == 10
     samples, again = ({k: v for raw in passes for k, v in by_position(raw).items()} for passes in (first, second))
     assert_bit_equal(samples, again)
+    assert sorted(samples) == list(range(12))
     assert [samples[position]["t"].item() for position in range(10)] == [(k % 8 + 0.5) / 8 for k in range(10)]
     assert [samples[p]["caption"] for p in range(10)] == [ShortSource()[index].caption for index in range(10)]
 
