@@ -62,15 +62,18 @@ def build_trainer(rank: int, world_size: int, folder: str, overrides: Sequence[s
     return trainer
 
 
-def train_layout(world_size: int, *overrides: str, fault: str = "", timeout: float = 240) -> Outcome:
-    """Runs STEPS updates of UPDATE samples on gloo ranks; ranks that share samples must have drawn alike.
+def train_layout(
+    world_size: int, *overrides: str, fault: str = "", device: str = "cpu", timeout: float = 240
+) -> Outcome:
+    """Runs STEPS updates of UPDATE samples; ranks that share samples must have drawn alike.
 
     Args:
         overrides: of the configuration; `training.local_batch_size` must fit the layout.
         fault: name of a function of tests/distributed/faults.py that is called before the trainer is built.
+        device: as for run_ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_ranks(run_layout, world_size, folder, overrides, fault, timeout=timeout)
+        ranks = run_ranks(run_layout, world_size, folder, overrides, fault, timeout=timeout, device=device)
     draws: dict[int, tuple[float, bytes]] = {}
     for outcome in ranks:
         for position, draw in outcome.draws.items():
@@ -107,7 +110,7 @@ def run_layout(rank: int, world_size: int, folder: str, overrides: tuple[str, ..
             for name, parameter in trainer.model.named_parameters():
                 assert parameter.grad is not None, name
                 whole = full_tensor(parameter.grad)
-                gradients[name] = whole.float().numpy().copy() if rank == 0 else None
+                gradients[name] = whole.float().cpu().numpy().copy() if rank == 0 else None
         return clip()
 
     trainer.clip_gradients = record_gradients

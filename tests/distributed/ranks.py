@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes of this machine: torchrun's world, started ten times faster.
+"""Runs a function on several processes of this machine: torchrun's world, started ten times faster.
 
 Ranks are forked from a server that has imported torch and run nothing; forking from a process that has computed already
 can lock up in its thread pools.
@@ -17,12 +17,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, device: str = "cpu"
+) -> list[Any]:
     """What `function(rank, world_size, *args)` returns on every rank, in the order of ranks.
 
     Args:
         function: of a module, so that another process can import it; torch.distributed is initialized when it runs.
         timeout: seconds; a run that hangs fails.
+        device: "cpu" with gloo, or "cuda" with NCCL and a GPU for each rank.
 
     Raises:
         RuntimeError: a rank failed or did not answer; the text holds the first traceback.
@@ -30,7 +33,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     results = _CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _CONTEXT.Process(target=_run, args=(function, rank, world_size, f"{folder}/store", results, timeout, args))
+            _CONTEXT.Process(
+                target=_run, args=(function, rank, world_size, f"{folder}/store", results, timeout, device, args)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -60,16 +65,25 @@ def _collect(results: Any, world_size: int, timeout: float) -> list[Any]:
 
 
 def _run(
-    function: Callable[..., Any], rank: int, world_size: int, store: str, results: Any, timeout: float, args: tuple
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    results: Any,
+    timeout: float,
+    device: str,
+    args: tuple,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         dist.init_process_group(
-            "gloo",
+            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.FileStore(store, world_size),
             rank=rank,
             world_size=world_size,

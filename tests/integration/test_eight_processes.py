@@ -15,9 +15,9 @@ from tests.distributed.ranks import run_ranks
 from tests.integration.short_runs import TINY, Run
 
 ROOT = Path(__file__).parents[2]
-LOSS_TOLERANCE = 1e-5  # relative; rounding, which four updates of Adam have carried on
-# Of a weight after four updates of at most 1e-3, on average: where a gradient is all rounding, Adam, which divides by its
-# size, makes a whole update of it.
+LOSS_TOLERANCE = 1e-5  # relative; rounding, carried on by four updates of Adam
+# Of a weight after four updates of at most 1e-3, on average: where a gradient is all rounding, Adam, which divides by
+# its size, makes a whole update of it.
 WEIGHT_TOLERANCE = 1e-6
 SHORT = [*TINY, "--training.img_size=64", "--training.global_batch_size=8", "--validation.save_img_count=9"]
 

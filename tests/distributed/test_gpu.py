@@ -1,0 +1,103 @@
+"""The comparison of layouts on GPUs with NCCL, and one GPU's techniques beside fp32; skipped where there are none."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from config.parse import load_config
+from tests.distributed.layouts import train_layout
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import BATCH, LAYOUTS, distances
+
+# GPUs add up in other orders for other sizes, and their fp32 products are no more exact than that.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+CURVE_TOLERANCE = 0.01  # of the loss, averaged over ten steps: what a reader of a curve would not see
+STEPS = 50
+
+DEBUG = [
+    "--job.config_file=train_configs/flux_debug.toml",
+    "--training.test_mode",
+    "--training.dataset=shapes",
+    "--training.local_batch_size=8",
+    f"--training.steps={STEPS}",
+    "--validation.enable=false",
+    "--activation_checkpoint.mode=none",
+    "--optimizer.lr=2e-4",
+    "--lr_scheduler.warmup_steps=10",
+    "--debug.seed=0",
+]
+BF16 = "--training.mixed_precision_param=bfloat16"
+FLOAT8 = "--model.converters=quantize.linear.float8"
+# name: (options, attention backend)
+TECHNIQUES: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "bf16": ((BF16,), None),
+    "bf16, compile": ((BF16, "--compile.enable"), None),
+    "bf16, recompute full": ((BF16, "--activation_checkpoint.mode=full"), None),
+    "float8 tensorwise, compile": ((BF16, FLOAT8, "--compile.enable"), None),
+    "float8 rowwise, compile": (
+        (BF16, FLOAT8, "--quantize.linear.float8.recipe_name=rowwise", "--compile.enable"),
+        None,
+    ),
+    **{
+        f"bf16, {backend}": ((BF16,), backend)
+        for backend in ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    },
+}
+
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(GPUS == 0, reason="needs a GPU")]
+
+
+@pytest.mark.skipif(GPUS < 8, reason="needs 8 GPUs")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_gives_the_numbers_of_one_gpu(name):
+    reference = train_layout(1, BATCH(8), device="cuda")
+    processes, options = LAYOUTS[name]
+    outcome = train_layout(processes, BATCH(8), *options, device="cuda")
+    loss, gradients = distances(outcome, reference)
+    assert loss < LOSS_TOLERANCE
+    assert max(gradients.values()) < GRADIENT_TOLERANCE
+    assert outcome.draws == reference.draws
+
+
+def train_curve(rank: int, world_size: int, folder: str, options: tuple[str, ...], backend: str | None):
+    """The loss of each step, of flux-debug on one GPU."""
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*DEBUG, *options], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    batches = iter(trainer.loader)
+    with nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend)):
+        return [trainer.train_step(batches)[0].item() for _ in range(STEPS)]
+
+
+def smooth(losses: list[float]) -> np.ndarray:
+    return np.convolve(losses, np.ones(10) / 10, mode="valid")
+
+
+@pytest.fixture(scope="module")
+def fp32_curve(tmp_path_factory) -> np.ndarray:
+    options = ("--training.mixed_precision_param=float32",)
+    folder = str(tmp_path_factory.mktemp("fp32"))
+    return smooth(run_ranks(train_curve, 1, folder, options, None, timeout=600, device="cuda")[0])
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_technique_trains_like_fp32(fp32_curve, tmp_path, name):
+    options, backend = TECHNIQUES[name]
+    if FLOAT8 in options and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    curve = smooth(run_ranks(train_curve, 1, str(tmp_path), options, backend, timeout=600, device="cuda")[0])
+    assert np.abs(curve / fp32_curve - 1).max() < CURVE_TOLERANCE
+    assert not np.array_equal(curve, fp32_curve)
+
+
+def test_control_another_learning_rate_is_another_curve(fp32_curve, tmp_path):
+    options = ("--training.mixed_precision_param=float32", "--optimizer.lr=2e-5")
+    curve = smooth(run_ranks(train_curve, 1, str(tmp_path), options, None, timeout=600, device="cuda")[0])
+    assert np.abs(curve / fp32_curve - 1).max() > CURVE_TOLERANCE
