@@ -71,6 +71,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
             counter = CollectiveCounter()
             with counter:
                 target_BTC = inputs.pop("target_BTC")
+                assert target_BTC is not None
                 squared_error_sum(model(**inputs), target_BTC).backward()
                 clip_grad_norm_(model.parameters(), config.training.max_norm)
             optimizer.step()
@@ -91,7 +92,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
         close_layout(layout)
 
 
-def make_empty_inputs(config: JobConfig, layout: Layout) -> dict[str, torch.Tensor]:
+def make_empty_inputs(config: JobConfig, layout: Layout) -> dict[str, torch.Tensor | None]:
     """Arguments of the transformer and its target, of a batch's shapes and without content."""
     spec, batch = SPECS[config.model.flavor], config.training.local_batch_size
     transformer, dtype = spec.transformer, compute_dtype(config)

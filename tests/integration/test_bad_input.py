@@ -109,10 +109,16 @@ def test_later_data_sets_are_refused_by_a_run(capfd, tmp_path):
     assert code == 2 and "training.dataset='cc12m-wds'" in said, said
 
 
-def test_several_processes_are_refused(capfd, tmp_path, monkeypatch):
+def test_a_layout_that_does_not_fit_the_processes(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    code, said = fail(capfd, tmp_path)
-    assert code == 2 and "WORLD_SIZE=8" in said and "NGPU=1" in said, said
+    code, said = fail(capfd, tmp_path, "--parallelism.data_parallel_replicate_degree=3")
+    assert code == 2 and "data_parallel_replicate_degree=3 must divide the 8 processes of this run" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretended_processes_train_nothing(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--comm.mode=fake_backend")
+    assert code == 2 and "python -m scripts.dry_run" in said, said
 
 
 def test_faulty_prompt_file(capfd, tmp_path):
