@@ -65,11 +65,7 @@ from training.step_timer import StepTimer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("train")  # by name: run as a program, this module is called __main__
-EXIT_CODES = {
-    DataError: exit_codes.DATA,
-    ValueError: exit_codes.CONFIG,
-    FloatingPointError: exit_codes.DIVERGED,
-}
+EXIT_CODES = {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG, FloatingPointError: exit_codes.DIVERGED}
 STAGES = 6
 CONFIG_FILE, EXPORT_FOLDER, LOSS_CURVE = "config.toml", "export", "loss.png"  # in the run folder
 
@@ -171,15 +167,12 @@ class FluxTrainer:
         log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads")
 
         self.spec = SPECS[config.model.flavor]
-        forward_size = training.local_batch_size * degrees.dp
-        self.update_size = max(training.global_batch_size, forward_size)
-        self.accumulation = self.update_size // forward_size
+        self.update_size, self.accumulation = training.update_size(degrees.dp), training.accumulation(degrees.dp)
         tokenizer = build_tokenizer(config.encoder, training.test_mode)
         data = (training, validation, config.encoder, self.spec, tokenizer, _seed(config), layout.dp_rank, degrees.dp)
         self.loader = build_training_loader(*data, self.cursor)
-        dealt = f" x {degrees.dp} groups" if degrees.dp > 1 else ""
-        update = f"{training.local_batch_size} per step{dealt} x {self.accumulation} accumulated = {self.update_size}"
-        log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {update} per update")
+        update = training.describe_update(degrees.dp)
+        log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {update}")
 
         self.encoders = build_encoders(config, self.spec, tokenizer, layout)
         log_stage(3, STAGES, "encoders", f"{self.encoders.describe()}, {config.encoder.dtype}")
@@ -378,8 +371,7 @@ def main(argv: list[str]) -> None:
         config = load_config(argv, world_size, quiet=rank > 0)
         if config.comm.mode == "fake_backend":
             raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
-        if config.debug.deterministic:
-            apply_determinism(config.debug.deterministic_warn_only)
+        apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
         check_techniques(choose_techniques(config), layout.device.type)

@@ -102,6 +102,20 @@ class Training:
     )
     dataloader: DataLoader = field(default_factory=DataLoader)
 
+    def update_size(self, groups: int) -> int:
+        """Samples per update, where `groups` of processes see different samples."""
+        return max(self.global_batch_size, self.local_batch_size * groups)
+
+    def accumulation(self, groups: int) -> int:
+        """Forward passes per update."""
+        return self.update_size(groups) // (self.local_batch_size * groups)
+
+    def describe_update(self, groups: int) -> str:
+        """Such as `4 per step x 4 groups x 2 accumulated = 32 per update`."""
+        dealt = f" x {groups} groups" if groups > 1 else ""
+        product = f"{self.local_batch_size} per step{dealt} x {self.accumulation(groups)} accumulated"
+        return f"{product} = {self.update_size(groups)} per update"
+
 
 @dataclass(frozen=True)
 class Validation:

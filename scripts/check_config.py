@@ -28,9 +28,7 @@ def summarize(config: JobConfig, world_size: int | None) -> str:
     training, optimizer, validation = config.training, config.optimizer, config.validation
     side = training.img_size // PIXELS_PER_TOKEN
     degrees = resolve_degrees(config.parallelism, world_size)
-    forward_size = training.local_batch_size * degrees.dp
-    update = max(training.global_batch_size, forward_size)
-    batch = f"{training.local_batch_size} per step" + (f" x {degrees.dp} groups" if degrees.dp > 1 else "")
+    update = training.update_size(degrees.dp)
     layout = f"{degrees.world} processes = {degrees}" if degrees.world > 1 else str(degrees)
     if world_size is None:
         layout = "NGPU is not set: what follows is for " + layout
@@ -44,7 +42,7 @@ def summarize(config: JobConfig, world_size: int | None) -> str:
         "tokens": f"{training.img_size} px: {side} x {side} = {side * side} image"
         f" + {config.encoder.max_t5_encoding_len} text = {side * side + config.encoder.max_t5_encoding_len}",
         "data": data,
-        "batch": f"{batch} x {update // forward_size} accumulated = {update} per update",
+        "batch": training.describe_update(degrees.dp),
         "length": f"{training.steps} updates x {update} = {training.steps * update:,} samples",
         "optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, warm-up {config.lr_scheduler.warmup_steps} steps",
         "validation": checks if validation.enable else "off",
