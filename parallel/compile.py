@@ -35,8 +35,9 @@ def apply_compile(blocks: Sequence[nn.Module], section: Compile) -> None:
     A block that is not one graph raises. Sizes are fixed at first; a second size makes a variant that serves the rest.
     """
     if compiles_model(section):
+        torch._dynamo.config.recompile_limit = _VARIANTS
         for block in blocks:
-            block.compile(fullgraph=True, backend=section.backend, recompile_limit=_VARIANTS)
+            block.compile(fullgraph=True, backend=section.backend)
 
 
 def compile_loss(loss: Callable[P, R], section: Compile) -> Callable[P, R]:

@@ -33,7 +33,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     check_layout(tensor)
-    full: Tensor = tensor.full_tensor()
+    mesh, shape, stride = tensor.device_mesh, tensor.shape, tensor.stride()
+    # Gathered as if each rank had one piece, then put in order: torch 2.11 cannot gather packed dims itself.
+    plain = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
+    gathered = DTensor.from_local(tensor.to_local(), mesh, plain, run_check=False, shape=shape, stride=stride)
+    full: Tensor = gathered.full_tensor()
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, _StridedShard):
+            dim = placement.dim
+            by_rank = full.unflatten(dim, (mesh.size(axis), placement.split_factor, -1))
+            full = by_rank.transpose(dim, dim + 1).flatten(dim, dim + 2)
     return full.detach()
 
 
