@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 from config.job_config import JobConfig
 from config.parse import load_config, read_process_count
@@ -67,7 +68,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
             optimizer = build_optimizer(group_by_mesh(model.parameters()), config.optimizer)
             inputs = make_empty_inputs(config, layout)
             blocks = find_modules(model, make_plan(spec.transformer).blocks).values()
-            largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+            largest = max(sum(map(gathered_size, block.parameters())) for block in blocks)
             counter = CollectiveCounter()
             with counter:
                 target_BTC = inputs.pop("target_BTC")
@@ -83,7 +84,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
                 weights=sum(map(local_bytes, parameters)),
                 gradients=sum(local_bytes(parameter.grad) for parameter in parameters if parameter.grad is not None),
                 optimizer_states=sum(map(local_bytes, states)),
-                largest_block=largest * compute_dtype(config).itemsize // layout.degrees.tp,
+                largest_block=largest * compute_dtype(config).itemsize,
                 calls=dict(counter.calls),
                 bytes=dict(counter.bytes),
             )
@@ -102,8 +103,14 @@ def make_empty_inputs(config: JobConfig, layout: Layout) -> dict[str, torch.Tens
     text = TextCond(torch.empty(batch, length, transformer.context_dim), pooled_BV)
     inputs = make_model_inputs(x_BTC, torch.empty(batch), text, (side, side), spec, config.training.guidance, dtype)
     inputs["target_BTC"] = torch.empty_like(x_BTC)
-    cp = layout.axis("cp")
-    return inputs if cp is None else shard_sequence(inputs, make_plan(transformer).sequence_tensors, cp)
+    return shard_sequence(inputs, make_plan(transformer).sequence_tensors, layout.axis("cp"))
+
+
+def gathered_size(parameter: torch.Tensor) -> int:
+    """Elements that a rank has while it computes: all, or its part of what tensor parallel splits."""
+    if isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+        return parameter.numel() // parameter.device_mesh["tp"].size()
+    return parameter.numel()
 
 
 def describe(run: DryRun, config: JobConfig) -> Iterator[str]:

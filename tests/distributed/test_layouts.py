@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "accumulation 2": (1, (BATCH(4),)),
     "fsdp 2, accumulation 2": (2, (BATCH(2),)),
     "cp 2, accumulation 2": (2, (BATCH(4), CP(2))),
+    "cp 2 ring, accumulation 2, recompute full": (2, (BATCH(4), CP(2), METHOD("ring"), RECOMPUTE("full"))),
     "fsdp 2, never reshard": (2, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=never")),
     "fsdp 2, always reshard": (2, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=always")),
     "fsdp 2, prefetch": (
@@ -60,6 +61,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "compile": (1, ("--compile.enable",)),
     "fsdp 2, compile": (2, (BATCH(4), "--compile.enable", "--compile.backend=aot_eager")),
     "cp 2, compile": (2, (CP(2), "--compile.enable", "--compile.backend=aot_eager")),
+    "cp 2 allgather, compile, recompute full": (
+        2,
+        (CP(2), METHOD("allgather"), RECOMPUTE("full"), "--compile.enable", "--compile.backend=aot_eager"),
+    ),
     "tp 2, compile": (2, (TP(2), "--compile.enable", "--compile.backend=aot_eager")),
     "compile, recompute full": (1, ("--compile.enable", "--compile.backend=aot_eager", RECOMPUTE("full"))),
     "compile, memory budget": (
