@@ -91,6 +91,7 @@ def _run(
         )
         value = function(rank, world_size, *args)
         if dist.is_initialized():
+            dist.barrier()  # a rank that has left already breaks the connections that others still make
             dist.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

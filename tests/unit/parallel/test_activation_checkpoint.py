@@ -108,7 +108,7 @@ def test_a_ratio_is_met_however_it_rounds(percent):
 
 @pytest.mark.parametrize("text", ["0", "-1", "ops", "1.5", "", "²"])
 def test_an_option_that_says_nothing_is_refused(text):
-    with pytest.raises(ValueError, match='must be a number of at least 1 or "op"'):
+    with pytest.raises(ValueError, match='must be "op", or n for every n-th block'):
         parse_selective_option(text)
     with pytest.raises(ValueError, match="selective_ac_option"):
         build(ActivationCheckpoint(mode="selective", selective_ac_option=text))

@@ -323,7 +323,7 @@ def compare_transformers(rank: int, world_size: int, cases: list[tuple[str, str]
         if fault == "causal":
             for block in (*model.double_blocks, *model.single_blocks):
                 block.attention = CausalAttention()
-        apply_context_parallel(model, "*.attention", mesh, method)
+        apply_context_parallel(model, "*_blocks.*.attention", mesh, method)
         if fault == "positions":  # every rank believes that it holds the first tokens
             inputs["img_ids_BTA"] = inputs["img_ids_BTA"].roll(rank * 24 // world_size, dims=1)
         inputs = shard_sequence(inputs, [name for name in inputs if name.startswith(("img", "txt"))], mesh)
@@ -350,7 +350,7 @@ def test_every_attention_is_replaced_and_no_name_changes(method, fake_mesh):
         model = FluxTransformer(SPECS["flux-tiny"].transformer)
     names = list(model.state_dict())
     before = {name for name, module in model.named_modules() if isinstance(module, Attention)}
-    apply_context_parallel(model, "*.attention", fake_mesh, method)
+    apply_context_parallel(model, "*_blocks.*.attention", fake_mesh, method)
     after = {name for name, module in model.named_modules() if isinstance(module, METHODS[method])}
     assert len(before) == 6 and before == after
     assert list(model.state_dict()) == names == [name for name, _ in model.named_parameters()]
@@ -360,8 +360,11 @@ def test_every_attention_is_replaced_and_no_name_changes(method, fake_mesh):
 
 @pytest.mark.parametrize("fake_mesh", [2], indirect=True)
 def test_patterns_that_fit_nothing_or_something_with_parameters(fake_mesh):
-    for pattern, message in (("*.attentoin", "no module matches"), ("attention", "attention has parameters")):
-        with pytest.raises(AssertionError, match=message):
+    for pattern, error, message in (
+        ("attentoin", ValueError, "no module of Layer is called attentoin"),
+        ("attention", AssertionError, "attention has parameters"),
+    ):
+        with pytest.raises(error, match=message):
             apply_context_parallel(Layer(nn.Linear(2, 2)), pattern, fake_mesh, "ulysses")
 
 
