@@ -46,7 +46,7 @@ from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.data_parallel import apply_frozen_fsdp, reshard
-from parallel.degrees import Degrees, resolve_degrees
+from parallel.degrees import Degrees, read_ranks, resolve_degrees
 from parallel.gradients import clip_grad_norm_, group_by_mesh
 from parallel.mesh import Layout, build_layout, choose_device, close_layout
 from parallel.parallelize import Techniques, check_techniques, parallelize
@@ -365,10 +365,10 @@ class FluxTrainer:
 
 
 def main(argv: list[str]) -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    setup_logging(rank)
-    with recorded_exit(rank, EXIT_CODES) as end:
-        config = load_config(argv, world_size, quiet=rank > 0)
+    with recorded_exit(0, EXIT_CODES) as end:
+        end.rank, world_size = read_ranks(os.environ)
+        setup_logging(end.rank)
+        config = load_config(argv, world_size, quiet=end.rank > 0)
         if config.comm.mode == "fake_backend":
             raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
         apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
@@ -379,7 +379,7 @@ def main(argv: list[str]) -> None:
             seed = int(layout.from_rank_0("seed", lambda: str(secrets.randbelow(2**32))))
             config = replace(config, debug=replace(config.debug, seed=seed))
         end.folder = Path(layout.from_rank_0("folder", lambda: str(claim_run_folder(config.job.dump_folder))))
-        if rank == 0:
+        if end.rank == 0:
             if end.folder != Path(config.job.dump_folder):
                 log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
             save_config(config, end.folder / CONFIG_FILE)

@@ -23,6 +23,8 @@ def find_layout_faults(config: JobConfig, world_size: int | None) -> Iterator[Fi
         degrees = resolve_degrees(replace(config.parallelism, data_parallel_shard_degree=1), None)
     else:
         yield from _batch(config, degrees)
+        if world_size is not None:
+            yield from _float8_gather(config, degrees)
     yield from _heads(config, degrees)
     yield from _tokens(config, degrees)
     yield from _products_in_8_bits(config, degrees)
@@ -114,6 +116,16 @@ def _batch(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
         f"training.global_batch_size={whole} must be a multiple of {groups}: "
         f"use {fitting}, or -1 to update after every forward pass",
     )
+
+
+def _float8_gather(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
+    gathers = f"{FLOAT8}.enable_fsdp_float8_all_gather"
+    asked = FLOAT8 in config.model.converters and config.quantize.linear.float8.enable_fsdp_float8_all_gather
+    if asked and degrees.fsdp == 1:
+        yield (
+            (gathers, *KEYS.values()),
+            f"{gathers}=true needs weights that are split: leave it out, or use {KEYS['dp_shard']}=2 or more",
+        )
 
 
 def _ring(config: JobConfig) -> Iterator[Finding]:

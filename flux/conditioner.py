@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedConfig, PreTrainedModel, T5Config, T5EncoderModel
 
 from flux.batch import TextCond
 from flux.config import Encoder
 from flux.data.tokenizers import CLIP_LENGTH, FluxTokenizer
+from flux.huggingface import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
 from flux.spec import TransformerConfig
 from flux.text_folders import CLIP_NAME, T5_NAME, TINY_CLIP, TINY_T5, resolve_clip, resolve_t5
 

@@ -55,9 +55,9 @@ def check_compiler(section: Compile, device_type: str) -> None:
     """
     if not section.enable or not section.components:
         return
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if section.backend not in known:
-        raise ValueError(f'compile.backend="{section.backend}" is not one of {", ".join(known)}')
+    if section.backend not in torch._dynamo.list_backends(exclude_tags=()):
+        usual = ", ".join(torch._dynamo.list_backends())
+        raise ValueError(f'compile.backend="{section.backend}" is no backend of torch: use {usual} or aot_eager')
     if section.backend == "inductor":
         missing = _missing_for_cuda() if device_type == "cuda" else _missing_for_cpu()
         if missing:

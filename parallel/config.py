@@ -46,7 +46,7 @@ class ActivationCheckpoint:
         "the compiler choose",
     ] = "selective"
     selective_ac_option: Annotated[
-        str, "a number n: every n-th block; op: all but matrix products and attention", "[1, inf)"
+        str, "a number n: every n-th block; op: all but matrix products, attention and communication", "[1, inf)"
     ] = "2"
     ratio: Annotated[float, "share of the blocks that mode full recomputes, spread evenly", "[0, 1]"] = 1.0
     memory_budget: Annotated[

@@ -1,5 +1,6 @@
 """How many ranks share what: the degrees of a layout, checked against the number of processes. No torch here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -43,6 +44,25 @@ class Degrees:
         """Such as `dp_replicate 2 x dp_shard 2 x cp 2`."""
         sizes = {name: getattr(self, name) for name in KEYS}
         return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 process"
+
+
+def read_ranks(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun tells them; (0, 1) without it.
+
+    Raises:
+        ValueError: only one of them is set, as by a job system, or they make no sense.
+    """
+    given = {name: environment[name] for name in ("RANK", "WORLD_SIZE") if name in environment}
+    if not given:
+        return 0, 1
+    if len(given) == 2 and all(text.isascii() and text.isdecimal() for text in given.values()):
+        rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
+        if rank < world_size:
+            return rank, world_size
+    told = ", ".join(f"{name}={text}" for name, text in given.items())
+    raise ValueError(
+        f"{told} in the environment must be a rank below a number of processes: use torchrun, or unset them"
+    )
 
 
 def resolve_degrees(section: Parallelism, world_size: int | None) -> Degrees:

@@ -103,10 +103,10 @@ def choose_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ValueError(f"{local_rank + 1} processes on a machine with {gpus} GPUs: use NGPU={gpus} or less")
-    device = torch.device("cuda", local_rank)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise ValueError(f"{processes} processes must not be more than this machine's {gpus} GPUs: use NGPU={gpus}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
 

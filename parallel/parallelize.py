@@ -1,5 +1,6 @@
 """THE order in which techniques are applied to a model, all in place and by module name."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,8 @@ from parallel.mesh import Layout
 from parallel.names import find_modules
 from parallel.quantize import apply_converters, check_converters
 from parallel.tensor_parallel import apply_tensor_parallel
+
+log = logging.getLogger(__name__)
 
 
 class Plan(Protocol):
@@ -82,14 +85,10 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
     """
     blocks = list(find_modules(model, plan.blocks).values())
     if techniques.converters:
-        apply_converters(
-            model,
-            techniques.converters,
-            techniques.quantize,
-            plan.quantized,
-            plan.precise_weight_gradients,
-            layout.device.type,
+        converted = apply_converters(
+            model, techniques.converters, techniques.quantize, plan.quantized, plan.precise_weight_gradients
         )
+        log.info("%d linear layers compute in 8 bits (%s)", len(converted), ", ".join(techniques.converters))
     if (tp := layout.axis("tp")) is not None:
         apply_tensor_parallel(model, tp, plan.column, plan.row, plan.head_norms)
     if (cp := layout.axis("cp")) is not None:

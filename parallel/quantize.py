@@ -1,14 +1,12 @@
 """Matrix products in 8 bits, through torchao: float8 (arXiv 2209.05433) and MXFP8 (arXiv 2310.10537).
 
 Weights stay in their own dtype; each product casts its operands, with scales that it takes from them. Layers are
-replaced by ones that hold the same parameters under the same names. torchao takes seconds to import and is imported
-only when it is used.
+replaced by ones that hold the same parameters under the same names. torchao is no requirement of a run that has no use
+for it.
 """
 
 import importlib.util
-import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,6 @@ def apply_converters(
     section: Quantize,
     include: Collection[str],
     keep_weight_gradient: Collection[str],
-    device_type: str,
 ) -> list[str]:
     """Makes linear layers compute in 8 bits, in place. Returns the names of those that do.
 
@@ -49,12 +46,21 @@ def apply_converters(
     converted: list[str] = []
     for converter in converters:
         settings = section.linear.float8 if converter == FLOAT8 else section.linear.mx
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and any(matches(name, pattern) for pattern in include)
+        }
+        for part in settings.filter_fqns:
+            if not any(part in name for name in layers):
+                raise ValueError(
+                    f'{converter}.filter_fqns holds "{part}", which is part of no name of a layer that would be '
+                    f'converted: use such as "{next(iter(layers))}"'
+                )
         names = {
             name
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear
-            and any(matches(name, pattern) for pattern in include)
-            and not any(part in name for part in settings.filter_fqns)
+            for name, module in layers.items()
+            if not any(part in name for part in settings.filter_fqns)
             and all(size % SIZE_MULTIPLE[converter] == 0 for size in module.weight.shape)
         }
         if not names:
@@ -63,11 +69,10 @@ def apply_converters(
                 f"some whose sizes are multiples of {SIZE_MULTIPLE[converter]}, or leave it out of model.converters"
             )
         precise = {name for name in names if any(matches(name, pattern) for pattern in keep_weight_gradient)}
-        with _quiet(device_type):
-            if isinstance(settings, Float8):
-                _convert_to_float8(model, settings, names - precise, precise)
-            else:
-                _convert_to_mxfp8(model, settings, names - precise, precise)
+        if isinstance(settings, Float8):
+            _convert_to_float8(model, settings, names - precise, precise)
+        else:
+            _convert_to_mxfp8(model, settings, names - precise, precise)
         converted += sorted(names)
     return converted
 
@@ -159,23 +164,3 @@ def _convert_to_mxfp8(model: nn.Module, settings: MX, plain: set[str], precise: 
             )
         layer.weight, layer.bias = linear.weight, linear.bias
         model.set_submodule(name, layer)
-
-
-@contextmanager
-def _quiet(device_type: str) -> Iterator[None]:
-    """Holds back what importing torchao says on every machine: of a deprecated call, on CPUs of its CUDA libraries."""
-    loggers = {"torch.utils._pytree": "register_constant() on Enum"}
-    if device_type != "cuda":
-        loggers["torchao"] = "Failed to load"
-    filters = {logging.getLogger(name): _without(text) for name, text in loggers.items()}
-    for logger, drop in filters.items():
-        logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        for logger, drop in filters.items():
-            logger.removeFilter(drop)
-
-
-def _without(text: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: text not in record.getMessage()

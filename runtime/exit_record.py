@@ -55,7 +55,7 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
     several ranks that fail, only that one knows which to believe.
 
     Args:
-        rank: of this process. Rank 0 records success.
+        rank: of this process, as far as it is known; the body may correct it. Rank 0 records success.
         codes: exit code of each kind of user error; the first that fits counts.
 
     Raises:
@@ -68,12 +68,12 @@ def recorded_exit(rank: int, codes: Mapping[type[Exception], int]) -> Iterator[R
             yield end
         except (Exception, KeyboardInterrupt, Terminated) as error:
             code, reason, text = _explain(error, codes)
-            is_told = write_exit_record(end.folder, code, reason, end.step, rank, text)
-            if not is_told and (end.may_speak() if end.may_speak else rank == 0):
+            is_told = write_exit_record(end.folder, code, reason, end.step, end.rank, text)
+            if not is_told and (end.may_speak() if end.may_speak else end.rank == 0):
                 write_stderr(text)
             raise SystemExit(code) from None
-        if rank == 0:
-            write_exit_record(end.folder, exit_codes.OK, "done", end.step, rank)
+        if end.rank == 0:
+            write_exit_record(end.folder, exit_codes.OK, "done", end.step, end.rank)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -122,7 +122,12 @@ def describe(run: DryRun, config: JobConfig) -> Iterator[str]:
     yield f"rank 0    {_size(sum(held.values()))} held, without activations and encoders:"
     for name, size in held.items():
         yield f"          {_size(size)} {name}"
-    yield f"gathered  {_size(run.largest_block)} for the largest block, at most two at a time"
+    if degrees.fsdp > 1:
+        section = config.parallelism
+        ahead = max(1, section.fsdp_forward_prefetch, section.fsdp_backward_prefetch)
+        stays = section.fsdp_reshard_after_forward == "never"
+        when = "which stay until the backward pass" if stays else f"of up to {1 + ahead} at a time"
+        yield f"gathered  {_size(run.largest_block)} for the largest block, {when}"
     yield f"per step  forward, backward and gradient norm of {config.training.local_batch_size} samples:"
     for name in sorted(run.calls):
         yield f"          {_size(run.bytes[name])} in {run.calls[name]:4d} x {name}"

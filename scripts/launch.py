@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
         return exit_codes.CONFIG
     if config.comm.mode == "fake_backend":
         os.execv(sys.executable, [sys.executable, "-m", "scripts.dry_run", "--ranks", str(processes), *argv])
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)  # a job system's: this run is of this machine alone
     if processes == 1:
         os.execv(sys.executable, [sys.executable, "train.py", *argv])
     # The products of one process would otherwise take all cores from the others.

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 from flux.config import Encoder
+from flux.huggingface import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 from flux.text_folders import (
     CLIP_TOKENIZER_FILES,
     T5_TOKENIZER_FILES,

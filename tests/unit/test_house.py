@@ -24,7 +24,7 @@ PRODUCT = set(MAY_IMPORT)
 
 # Libraries that only some files may know.
 LIBRARY_USERS = {
-    "transformers": {"flux/conditioner.py", "flux/data/tokenizers.py", "scripts/make_tiny_text_encoders.py"},
+    "transformers": {"flux/huggingface.py", "scripts/make_tiny_text_encoders.py"},
     "diffusers": {"benchmarks/train_step.py"},
 }
 DATASET_LIBRARIES = {"datasets", "litdata", "streaming", "torchdata", "webdataset"}

@@ -164,6 +164,12 @@ FAULTS = [
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp=true is about the float8 all-gather: set "
         "quantize.linear.float8.enable_fsdp_float8_all_gather=true as well",
     ),
+    (
+        f"--model.converters=quantize.linear.float8 {FLOAT8}.enable_fsdp_float8_all_gather",
+        1,
+        "quantize.linear.float8.enable_fsdp_float8_all_gather=true needs weights that are split: leave it out, or use "
+        "parallelism.data_parallel_shard_degree=2 or more",
+    ),
 ]
 FINE = [
     (f"{TP}=8", 8),
@@ -196,6 +202,7 @@ FINE = [
         f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
         None,
     ),
+    (f"--model.converters=quantize.linear.float8 {FLOAT8}.enable_fsdp_float8_all_gather", 2),
     (f"{FLOAT8}.recipe_name=rowwise {FLOAT8}.enable_fsdp_float8_all_gather", None),  # nothing is converted
 ]
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from parallel.config import Parallelism
-from parallel.degrees import KEYS, Degrees, choices, divisors, resolve_degrees
+from parallel.degrees import KEYS, Degrees, choices, divisors, read_ranks, resolve_degrees
+from parallel.mesh import choose_device
 
 
 def section(dp_replicate=1, dp_shard=-1, cp=1, tp=1) -> Parallelism:
@@ -141,3 +142,30 @@ def test_choices():
     assert choices([7]) == "7" and choices([1, 2]) == "1 or 2" and choices([1, 2, 4]) == "1, 2 or 4"
     many = choices(divisors(3072))
     assert many == "1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ... or 3072"
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [({}, (0, 1)), ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1))],
+)
+def test_torchrun_tells_rank_and_number(environment, ranks):
+    assert read_ranks(environment) == ranks
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "x"}],
+)
+def test_half_of_it_is_refused(environment):
+    with pytest.raises(ValueError, match="use torchrun, or unset them"):
+        read_ranks(environment)
+
+
+def test_more_processes_than_gpus_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(ValueError, match="4 processes must not be more than this machine's 2 GPUs: use NGPU=2"):
+            choose_device()

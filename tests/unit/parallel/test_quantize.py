@@ -1,7 +1,6 @@
 """8-bit products, emulated: really quantized, close to the plain ones, in every place where a block may run."""
 
 import importlib.util
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,7 +58,7 @@ def section_of(settings: Float8 | MX) -> Quantize:
 def convert(model: nn.Module, recipe: str, **changes: object) -> list[str]:
     converter, settings = RECIPES[recipe]
     section = section_of(replace(settings, **changes))
-    return apply_converters(model, [converter], section, PLAN.quantized, PLAN.precise_weight_gradients, "cpu")
+    return apply_converters(model, [converter], section, PLAN.quantized, PLAN.precise_weight_gradients)
 
 
 def build(recipe: str | None) -> FluxTransformer:
@@ -162,7 +161,7 @@ def _build_sharded(recipe: str, section: Quantize, ranks: int) -> FluxTransforme
     with torch.device("meta"):
         model = FluxTransformer(CONFIG)
     converter = RECIPES[recipe][0]
-    apply_converters(model, [converter], section, PLAN.quantized, PLAN.precise_weight_gradients, "cpu")
+    apply_converters(model, [converter], section, PLAN.quantized, PLAN.precise_weight_gradients)
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world // ranks, ranks), mesh_dim_names=("alone", "fsdp"))["fsdp"]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -268,16 +267,14 @@ def test_missing_torchao(monkeypatch):
     check_converters([], Quantize(), "cpu")
 
 
-def test_torchao_is_imported_late_and_quietly():
-    code = (
-        "import sys, torch, parallel.quantize as q\n"
-        "from parallel.config import *\n"
-        "assert 'torchao' not in sys.modules\n"
-        "m = torch.nn.Sequential(torch.nn.Linear(32, 32))\n"
-        "s = Quantize(QuantizeLinear(Float8(emulate=True)))\n"
-        "q.apply_converters(m, [q.FLOAT8], s, ['0'], [], 'cpu')\n"
-        "assert 'torchao' in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_starting_a_run_says_nothing_of_torchao():
+    done = subprocess.run([sys.executable, "-c", "import train"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not logging.getLogger("torchao").filters
+
+
+def test_a_filter_that_fits_nothing_is_refused():
+    with torch.device("meta"):
+        model = FluxTransformer(CONFIG)
+    section = section_of(replace(EMULATED, filter_fqns=["blcoks"]))
+    with pytest.raises(ValueError, match='filter_fqns holds "blcoks", which is part of no name'):
+        apply_converters(model, [FLOAT8], section, PLAN.quantized, [])
