@@ -23,7 +23,9 @@ class Layout:
     rank: int = 0
     weights: DeviceMesh | None = None  # dp_replicate x fsdp x tp: who holds which part of a parameter
     samples: DeviceMesh | None = None  # dp x cp x tp: who works on which samples and tokens
-    encoder: DeviceMesh | None = None  # dp_replicate x replica: all ranks of one copy share the frozen text encoder
+    encoder: DeviceMesh | None = (
+        None  # dp_replicate x replica: the ranks of one copy, who share the frozen text encoder
+    )
 
     def describe(self) -> str:
         """Such as `8 ranks = dp_replicate 2 x dp_shard 2 x cp 2, gloo on cpu`."""
@@ -129,13 +131,14 @@ def build_layout(degrees: Degrees, comm: Comm, needs_groups: bool) -> Layout:
     def mesh(**axes: int) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
+    replica = degrees.fsdp * degrees.tp
     return Layout(
         degrees,
         device,
         rank=dist.get_rank(),
         weights=mesh(dp_replicate=degrees.dp_replicate, fsdp=degrees.fsdp, tp=degrees.tp),
         samples=mesh(dp=degrees.dp, cp=degrees.cp, tp=degrees.tp),
-        encoder=mesh(dp_replicate=degrees.dp_replicate, replica=degrees.fsdp * degrees.tp),
+        encoder=mesh(dp_replicate=degrees.dp_replicate, replica=replica) if replica > 1 else None,
     )
 
 

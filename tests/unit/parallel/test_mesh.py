@@ -1,0 +1,76 @@
+"""What ranks tell each other outside of the model."""
+
+import pytest
+import torch
+
+from parallel.config import Comm
+from parallel.degrees import Degrees
+from parallel.mesh import Layout, build_layout, close_layout
+from tests.distributed.ranks import run_ranks
+
+
+def talk(rank: int, world_size: int) -> dict:
+    layout = build_layout(Degrees(dp_shard=2, cp=2), Comm(), needs_groups=False)
+    told = {
+        "dp_rank": layout.dp_rank,
+        "sum": layout.sum(torch.tensor(float(10**rank))).item(),
+        "gathered": layout.gather_samples(torch.full((2,), float(layout.dp_rank))).tolist(),
+        "shared": layout.from_rank_0("word", lambda: f"of rank {rank}"),
+        "axes": (layout.axis("tp"), layout.axis("cp").size()),
+        "described": layout.describe(),
+    }
+    layout.set_timeout(60)
+    try:
+        layout.from_rank_0("failing", fail)
+    except (ValueError, SystemExit) as error:
+        told["failure"] = repr(error)
+    told["first"] = layout.is_first_to_fail()
+    return told
+
+
+def fail() -> str:
+    raise ValueError("no folder")
+
+
+def test_four_ranks():
+    ranks = run_ranks(talk, 4)
+    assert [told["dp_rank"] for told in ranks] == [0, 0, 1, 1]
+    for told in ranks:
+        assert told["sum"] == 1111 and told["gathered"] == [0, 0, 1, 1]
+        assert told["shared"] == "of rank 0" and told["axes"] == (None, 2)
+        assert told["described"] == "4 ranks = dp_shard 2 x cp 2, gloo on cpu"
+    assert [told["failure"] for told in ranks] == ["ValueError('no folder')"] + ["SystemExit(1)"] * 3
+    assert sorted(told["first"] for told in ranks) == [False, False, False, True]
+
+
+def tensor_parallel_sum(rank: int, world_size: int) -> tuple[int, float]:
+    layout = build_layout(Degrees(tp=2), Comm(), needs_groups=False)
+    return layout.dp_rank, layout.sum(torch.tensor(3.0)).item()
+
+
+def test_tensor_parallel_ranks_hold_the_same_loss():
+    assert run_ranks(tensor_parallel_sum, 2) == [(0, 3.0), (0, 3.0)]
+
+
+def test_one_process_needs_nobody():
+    layout = build_layout(Degrees(), Comm(), needs_groups=False)
+    assert layout.weights is None and not torch.distributed.is_initialized()
+    assert layout.sum(torch.tensor(2.0)).item() == 2 and layout.gather_samples(torch.ones(1)).tolist() == [1]
+    assert layout.from_rank_0("word", lambda: "mine") == "mine" and layout.is_first_to_fail()
+    assert layout.describe() == "1 process on cpu"
+    close_layout(layout)
+
+
+def test_one_process_makes_groups_of_itself_for_mixed_precision():
+    layout = build_layout(Degrees(), Comm(), needs_groups=True)
+    try:
+        assert layout.weights is not None and layout.weights.size() == 1
+        assert layout.encoder is None, "nobody to share the text encoder with"
+    finally:
+        close_layout(layout)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("rank", "group"), [(0, 0), (3, 0), (4, 1), (15, 3)])
+def test_groups_of_samples_count_over_those_who_share_them(rank, group):
+    assert Layout(Degrees(dp_replicate=2, dp_shard=2, cp=2, tp=2), torch.device("cpu"), rank=rank).dp_rank == group
