@@ -111,6 +111,9 @@ def test_later_data_sets_are_refused_by_a_run(capfd, tmp_path):
 
 def test_a_layout_that_does_not_fit_the_processes(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
+    code, said = fail(capfd, tmp_path)
+    assert code == 2 and "WORLD_SIZE=8 in the environment" in said and "use torchrun" in said, said
+    monkeypatch.setenv("RANK", "0")
     code, said = fail(capfd, tmp_path, "--parallelism.data_parallel_replicate_degree=3")
     assert code == 2 and "data_parallel_replicate_degree=3 must divide the 8 processes of this run" in said, said
     assert not (tmp_path / "run").exists()
