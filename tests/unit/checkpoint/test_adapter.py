@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint.adapter import from_hf, to_hf
+from checkpoint.adapter import from_hf, from_native, knows_all, to_hf, to_native
+from checkpoint.lazy import LazyTensor, lazy_all, read_all
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,92 @@ def test_renaming_takes_no_memory():
     other = to_hf(weights, RULES)
     assert other["embedder.weight"].data_ptr() == weights["in.weight"].data_ptr()
     assert from_hf(other, RULES)["in.weight"].data_ptr() == weights["in.weight"].data_ptr()
+
+
+def noted(tensors: dict[str, Tensor], reads: list[str]) -> dict[str, LazyTensor]:
+    """The tensors as if they lay in a file; notes what is read of them."""
+
+    def note(name: str, tensor: Tensor) -> LazyTensor:
+        def read() -> Tensor:
+            reads.append(name)
+            return tensor
+
+        def read_rows(start: int, stop: int) -> Tensor:
+            reads.append(f"{name}[{start}:{stop}]")
+            return tensor[start:stop]
+
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, read, read_rows)
+
+    return {name: note(name, tensor) for name, tensor in tensors.items()}
+
+
+def test_a_tensor_is_read_when_it_is_asked_for_and_only_what_it_is_made_of():
+    reads: list[str] = []
+    other = from_native(noted(native(), reads), RULES)
+    assert {name: tensor.shape for name, tensor in other.items()} == {
+        name: tuple(tensor.shape) for name, tensor in to_hf(native(), RULES).items()
+    }
+    assert reads == []
+    assert other["layers.11.k.weight"].read()[:, 0].tolist() == [3, 4, 5]
+    assert other["layers.11.k.weight"].read_rows(1, 2)[:, 0].tolist() == [4]
+    assert reads == ["blocks.11.fused.weight[3:6]", "blocks.11.fused.weight[4:5]"]
+
+    reads.clear()
+    back = to_native(noted(to_hf(native(), RULES), reads), RULES)
+    assert {name: tensor.shape for name, tensor in back.items()} == {
+        name: tuple(tensor.shape) for name, tensor in native().items()
+    }
+    assert reads == []
+    assert torch.equal(back["blocks.11.fused.bias"].read(), native()["blocks.11.fused.bias"])
+    assert reads == ["layers.11.q.bias", "layers.11.k.bias", "layers.11.mlp.bias"]
+
+
+def test_rows_of_everything_that_is_converted():
+    """`read_rows` is `read` and then the rows, also where rows are exchanged, joined or reshaped."""
+    for converted in (from_native(lazy_all(native()), RULES), to_native(lazy_all(to_hf(native(), RULES)), RULES)):
+        whole = read_all(converted)
+        for name, tensor in converted.items():
+            assert torch.equal(tensor.read_rows(1, 2), whole[name][1:2]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("final.weight", (3, WIDTH), "two halves of rows"),
+        ("final.bias", (), "two halves of rows"),
+        ("conv.weight", (2, 3, 3, 3), r"must be a convolution \[O, I, 1, 1\]"),
+        ("conv.weight", (2, 3), r"must be a convolution \[O, I, 1, 1\]"),
+        ("blocks.11.fused.weight", (12,), "the weight of its module has the shape"),
+    ],
+)
+def test_shapes_that_a_rule_does_not_fit(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        from_native(lazy_all(native() | {name: torch.ones(shape)}), RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("linear.weight", (6,), r"must come from a weight \[O, I\]"),
+        ("layers.11.k.weight", (3, WIDTH + 1), "cannot be joined from its parts: their shapes are"),
+        ("layers.11.k.bias", (), "cannot be joined from its parts: their shapes are"),
+    ],
+)
+def test_shapes_that_do_not_come_together(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        to_native(lazy_all(to_hf(native(), RULES) | {name: torch.ones(shape)}), RULES)
+
+
+def test_parts_of_several_precisions_join_without_loss():
+    other = to_hf(native(), RULES)
+    other["layers.11.k.bias"] = other["layers.11.k.bias"].bfloat16()
+    joined = to_native(lazy_all(other), RULES)["blocks.11.fused.bias"]
+    assert joined.dtype == joined.read().dtype == torch.float32
+    assert torch.equal(joined.read(), native()["blocks.11.fused.bias"])
+
+
+def test_knows_all():
+    patterns = [rule.native for rule in RULES]
+    assert knows_all(native(), patterns)
+    assert not knows_all([*native(), "blocks.1.other.weight"], patterns)
+    assert not knows_all(["in.weight.more"], patterns) and not knows_all(["in.scale"], patterns)
