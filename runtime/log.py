@@ -64,14 +64,15 @@ class StepLog:
 
     Args:
         steps: number of the last step.
+        done: steps that an earlier part of the run has taken.
         shown: False on processes that only keep rank 0 company.
     """
 
-    def __init__(self, steps: int, shown: bool = True):
+    def __init__(self, steps: int, done: int = 0, shown: bool = True):
         self._steps = steps
         self._bar = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def advance(self) -> None:
         """One step is done."""
