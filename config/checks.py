@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from config.checkpoint_checks import find_checkpoint_doubts, find_checkpoint_faults
 from config.job_config import JobConfig
 from config.keys import show
 from config.layout_checks import Finding, find_layout_faults, find_technique_faults
@@ -20,11 +21,13 @@ def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     yield from _loader("validation.dataloader", config.validation.dataloader)
     yield from _number_formats(config)
     yield from _folders(config)
+    yield from find_checkpoint_faults(config, world_size)
 
 
 def find_doubts(config: JobConfig) -> Iterator[str]:
     """Combinations that train, but probably not as meant: each is a warning."""
     yield from _learning_rate(config)
+    yield from find_checkpoint_doubts(config)
     training, validation = config.training, config.validation
     for section, dataset, path in (
         ("training", training.dataset, training.dataset_path),
@@ -49,14 +52,14 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
 
 
 def _picture_size(config: JobConfig) -> Iterator[Finding]:
-    size = config.training.img_size
-    if size % PIXELS_PER_TOKEN:
-        below = size - size % PIXELS_PER_TOKEN
-        choices = f"use {below} or {below + PIXELS_PER_TOKEN}"
-        yield (
-            ("training.img_size",),
-            f"training.img_size={size} must be a multiple of {PIXELS_PER_TOKEN}: {choices}",
-        )
+    for name, size in (
+        ("training.img_size", config.training.img_size),
+        ("inference.img_size", config.inference.img_size),
+    ):
+        if size > 0 and size % PIXELS_PER_TOKEN:
+            below = size - size % PIXELS_PER_TOKEN
+            choices = f"use {below} or {below + PIXELS_PER_TOKEN}"
+            yield (name,), f"{name}={size} must be a multiple of {PIXELS_PER_TOKEN}: {choices}"
 
 
 def _data(config: JobConfig) -> Iterator[Finding]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from checkpoint.config import Checkpoint
-from flux.config import Encoder, Model, Training, Validation
+from flux.config import Encoder, Inference, Model, Training, Validation
 from parallel.config import ActivationCheckpoint, Comm, Compile, Parallelism, Quantize
 from runtime.config import Debug, Job
-from training.config import LRScheduler, Metrics, Optimizer
+from training.config import EMA, LRScheduler, Metrics, Optimizer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class JobConfig:
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    ema: EMA = field(default_factory=EMA)
     validation: Validation = field(default_factory=Validation)
+    inference: Inference = field(default_factory=Inference)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)

@@ -80,7 +80,7 @@ def parse(argv: list[str], world_size: int | None = None) -> tuple[JobConfig, li
         else:
             without_effect.append(entry.name)
 
-    config = _build(JobConfig, "", values)
+    config = build_config(JobConfig, "", values)
     for names, text in find_faults(config, world_size):
         # A rule about a key whose value could not be read would only be about its default.
         if broken.isdisjoint(names) and not file_is_lost:
@@ -121,14 +121,14 @@ def _unknown_key(name: str) -> str:
     return f"key '{name}' is unknown{hint}"
 
 
-def _build(cls: Any, prefix: str, values: dict[str, Any]) -> Any:
+def build_config(cls: Any, prefix: str, values: Mapping[str, Any]) -> Any:
     """A tree of section dataclasses with the given values, defaults elsewhere."""
     arguments: dict[str, Any] = {}
     default = cls()
     for field in fields(cls):
         name, value = prefix + field.name, getattr(default, field.name)
         is_section = is_dataclass(value)
-        arguments[field.name] = _build(type(value), f"{name}.", values) if is_section else values.get(name, value)
+        arguments[field.name] = build_config(type(value), f"{name}.", values) if is_section else values.get(name, value)
     return cls(**arguments)
 
 

@@ -89,9 +89,9 @@ def test_a_number_of_processes_that_is_none_is_refused(capsys, monkeypatch, proc
 
 
 def test_warnings_are_part_of_the_report(capsys):
-    assert main([TINY, "--checkpoint.enable"]) == 0
+    assert main([TINY, "--training.gc_debug"]) == 0
     output = capsys.readouterr()
-    assert "warning: these keys have no effect yet: checkpoint.enable" in output.out
+    assert "warning: these keys have no effect yet: training.gc_debug" in output.out
     assert output.err == ""
 
 

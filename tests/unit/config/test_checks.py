@@ -14,6 +14,29 @@ FAULTS = [
     ("--training.dataloader.prefetch_factor=2", "training.dataloader.prefetch_factor is about workers"),
     ("--validation.dataloader.persistent_workers", "validation.dataloader.persistent_workers is about workers"),
     ("--training.dtype=bfloat16 --training.mixed_precision_param=float32", "the time of one and the precision of the"),
+    ("--inference.img_size=40", "inference.img_size=40 must be a multiple of 16: use 32 or 48"),
+    ("--checkpoint.folder=..", 'checkpoint.folder=".." must stay inside the run folder: give a plain name'),
+    ("--checkpoint.folder=/tmp/x", 'checkpoint.folder="/tmp/x" must stay inside the run folder'),
+    ("--checkpoint.folder=a/b", 'checkpoint.folder="a/b" must stay inside the run folder'),
+    ("--checkpoint.folder=.", 'checkpoint.folder="." must stay inside the run folder'),
+    ("--checkpoint.folder=export", 'checkpoint.folder="export" is the folder of the weights too'),
+    ("--checkpoint.folder=img", 'checkpoint.folder="img" is the folder of validation.save_img_folder too'),
+    (
+        "--checkpoint.initial_load_in_hf",
+        "checkpoint.initial_load_in_hf=true needs checkpoint.initial_load_path: set it to a diffusers folder",
+    ),
+    (
+        "--checkpoint.initial_load_in_hf --checkpoint.initial_load_path=x --checkpoint.initial_load_model_only=false",
+        "checkpoint.initial_load_model_only=false asks for an optimizer",
+    ),
+    (
+        "--checkpoint.create_seed_checkpoint",
+        "checkpoint.create_seed_checkpoint=true saves a checkpoint, and checkpoint.enable=false saves none",
+    ),
+    (
+        "--checkpoint.enable --checkpoint.create_seed_checkpoint --checkpoint.load_only",
+        "checkpoint.create_seed_checkpoint=true saves, and checkpoint.load_only=true does not",
+    ),
 ]
 DOUBTS = [
     ("--training.dataset_path=x", 'training.dataset_path="x" is not read: shapes draws its own pictures'),
@@ -40,6 +63,29 @@ DOUBTS = [
         "--training.steps=100 --lr_scheduler.total_steps=300",
         "training.steps=100 ends within lr_scheduler.warmup_steps=200",
     ),
+    (
+        "--checkpoint.interval_minutes=30",
+        "checkpoint.interval_minutes=30.0 has no effect without checkpoint.enable=true",
+    ),
+    ("--checkpoint.keep_latest_k=3", "checkpoint.keep_latest_k=3 has no effect without checkpoint.enable=true"),
+    ("--checkpoint.keep_every=1000", "checkpoint.keep_every=1000 has no effect without"),
+    ("--checkpoint.async_mode=async", 'checkpoint.async_mode="async" has no effect without'),
+    ("--checkpoint.enable_first_step_checkpoint", "checkpoint.enable_first_step_checkpoint=true has no effect without"),
+    ("--checkpoint.load_step=100", "checkpoint.load_step=100 has no effect without checkpoint.enable=true"),
+    ("--checkpoint.load_only", "checkpoint.load_only=true has no effect without checkpoint.enable=true"),
+    ("--checkpoint.exclude_from_loading=optimizer", 'checkpoint.exclude_from_loading=["optimizer"] has no effect'),
+    (
+        "--checkpoint.exclude_from_loading=optimizer --checkpoint.initial_load_path=x",
+        'checkpoint.exclude_from_loading=["optimizer"] has no effect',
+    ),
+    (
+        "--checkpoint.enable --checkpoint.initial_load_model_only=false",
+        "checkpoint.initial_load_model_only=false has no effect without checkpoint.initial_load_path",
+    ),
+    (
+        "--checkpoint.enable --checkpoint.last_save_in_hf --checkpoint.last_save_model_only=false",
+        "checkpoint.last_save_in_hf=true has no effect with checkpoint.last_save_model_only=false",
+    ),
 ]
 FINE = [
     "--training.img_size=32 --training.global_batch_size=24 --training.dataset=imagefolder --training.dataset_path=x",
@@ -58,6 +104,19 @@ FINE = [
     "--training.steps=400 --lr_scheduler.decay_ratio=0.5",
     "--lr_scheduler.total_steps=500 --lr_scheduler.decay_ratio=0.0",
     "--training.dataset=cc12m-wds --validation.dataset=coco-validation --validation.enable",  # the run refuses these
+    "--inference.img_size=-1",
+    "--inference.img_size=512",
+    "--checkpoint.interval=1000 --checkpoint.folder=saved --checkpoint.export_dtype=bfloat16",  # for when they are on
+    "--checkpoint.enable --checkpoint.keep_latest_k=3 --checkpoint.keep_every=1000 --checkpoint.async_mode=async",
+    "--checkpoint.enable --checkpoint.load_step=100 --checkpoint.load_only --checkpoint.interval_minutes=30",
+    "--checkpoint.enable --checkpoint.exclude_from_loading=optimizer,ema --ema.enable",
+    "--checkpoint.enable --checkpoint.exclude_from_loading=ema",  # of a checkpoint that has one
+    "--checkpoint.last_save_in_hf --checkpoint.last_save_model_only=false",  # a run without checkpoints exports anyway
+    "--checkpoint.enable --checkpoint.create_seed_checkpoint",
+    "--checkpoint.initial_load_path=x",
+    "--checkpoint.initial_load_path=x --checkpoint.initial_load_in_hf",
+    "--checkpoint.initial_load_path=x --checkpoint.initial_load_model_only=false"
+    + " --checkpoint.exclude_from_loading=optimizer",
 ]
 
 
@@ -80,6 +139,20 @@ def test_doubt(line, text):
 @pytest.mark.parametrize("line", FINE)
 def test_fine(line):
     assert parse(line.split())[1] == []
+
+
+@pytest.mark.parametrize(("world_size", "is_fine"), [(None, True), (1, True), (4, False)])
+def test_a_seed_checkpoint_is_made_by_one_process(world_size, is_fine):
+    line = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--training.global_batch_size=-1"]
+    if is_fine:
+        assert parse(line, world_size)[1] == []
+        return
+    with pytest.raises(ConfigError, match="is the work of one process, and there are 4: start it with NGPU=1"):
+        parse(line, world_size)
+
+
+def test_each_key_without_effect_is_named():
+    assert len(parse(["--checkpoint.load_only", "--checkpoint.keep_every=7", "--checkpoint.load_step=0"])[1]) == 3
 
 
 @pytest.mark.parametrize("key", ["metrics.save_tb_folder", "validation.save_img_folder"])

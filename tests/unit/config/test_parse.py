@@ -218,11 +218,11 @@ def test_text_that_is_not_unicode_is_refused():
 
 
 def test_warnings_go_to_stderr(capsys):
-    load_config(["--checkpoint.enable", "--training.seq_len", "5"])
+    load_config(["--training.gc_debug", "--training.seq_len", "5"])
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.splitlines() == [
-        "warning: these keys have no effect yet: checkpoint.enable",
+        "warning: these keys have no effect yet: training.gc_debug",
         "warning: these keys are not used here: training.seq_len",
     ]
 

@@ -23,15 +23,16 @@ DIVIDING = {
     "parallelism.context_parallel_degree",
     "parallelism.tensor_parallel_degree",
 }
+NEEDING_OTHERS = {"checkpoint.folder", "checkpoint.create_seed_checkpoint", "checkpoint.initial_load_in_hf"}
 
 
 def values_of(key: Key) -> st.SearchStrategy:
     """Values of a key that no rule between keys forbids."""
-    if key.name == "training.img_size":
+    if key.name in ("training.img_size", "inference.img_size"):
         values = st.integers(1, 64).map(lambda tokens: 16 * tokens)
     elif key.name == "training.local_batch_size":
-        values = st.integers(1, 9).map(lambda samples: 16 * samples)  # tokens that 8-bit converters can take
-    elif key.name in DIVIDING:
+        values = st.integers(1, 9).map(lambda samples: 32 * samples)  # tokens that 8-bit converters can take
+    elif key.name in DIVIDING | NEEDING_OTHERS:
         values = st.just(key.default)
     elif key.name == "activation_checkpoint.mode":
         values = st.sampled_from(["none", "selective", "full"])
@@ -45,6 +46,8 @@ def values_of(key: Key) -> st.SearchStrategy:
         values = st.integers(0, 2**63 - 1)
     elif key.name.endswith(".num_workers"):
         values = st.integers(1, 9)
+    elif key.name in ("metrics.save_tb_folder", "validation.save_img_folder"):
+        values = st.text("aé .", min_size=1, max_size=12).filter(lambda text: text.strip(" ."))  # plain names
     elif key.name.endswith(".dataset_path"):
         return ALL_TEXT
     elif key.kind is list:

@@ -1,0 +1,73 @@
+"""What a run that goes on from a checkpoint makes of its configuration."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from config.job_config import JobConfig
+from config.keys import KEYS, show
+from config.parse import build_config
+
+# Sections and keys that change where and how a run computes, saves and tells, but not what it computes.
+_NEUTRAL = (
+    *("job.", "metrics.", "validation.", "inference.", "parallelism.", "activation_checkpoint.", "compile.", "comm."),
+    *("checkpoint.", "training.dataloader.", "training.local_batch_size", "training.enable_cpu_offload", "debug."),
+    "optimizer.implementation",
+)
+
+
+def settle_seed(config: JobConfig, saved: int | None, draw: Callable[[], int]) -> JobConfig:
+    """The configuration with the seed of the checkpoint, else with its own, else with a drawn one.
+
+    Raises:
+        ValueError: it names another seed than the checkpoint's.
+    """
+    seed = config.debug.seed
+    if saved is not None and seed not in (None, saved):
+        raise ValueError(
+            f"debug.seed={seed} is not the seed of the checkpoint: leave it out, or set debug.seed={saved}"
+        )
+    settled = saved if saved is not None else seed if seed is not None else draw()
+    return replace(config, debug=replace(config.debug, seed=settled))
+
+
+def restore_config(saved: Mapping[str, Any], where: str) -> JobConfig:
+    """The configuration that a checkpoint was saved with; a key that it does not have yet gets its default.
+
+    Args:
+        saved: the sections, as `dataclasses.asdict` makes them.
+        where: how a message calls the checkpoint.
+
+    Raises:
+        ValueError: it has a key that is unknown, or a value that does not fit.
+    """
+    values = dict(_flatten(saved)) if isinstance(saved, Mapping) else {"config": saved}
+    if unknown := [name for name in values if name not in KEYS]:
+        raise ValueError(f"{where} was saved with the unknown key {unknown[0]}: use the recipe that has written it")
+    try:
+        return build_config(JobConfig, "", {name: KEYS[name].checked(value) for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where} was saved with a configuration that does not fit: {error}") from None
+
+
+def find_changes(saved: Mapping[str, Any], config: JobConfig, update_size: int) -> list[str]:
+    """One text per setting that means other numbers than before, such as `optimizer.lr 0.001 -> 0.0005`.
+
+    Args:
+        saved: what a checkpoint knows beside its tensors: "config" with its sections, and "update_size".
+        update_size: samples per update now.
+    """
+    before, now = dict(_flatten(saved.get("config", {}))), dict(_flatten(asdict(config)))
+    names = [name for name in now if name in before and not name.startswith(_NEUTRAL)]
+    changes = [f"{name} {show(before[name])} -> {show(now[name])}" for name in names if before[name] != now[name]]
+    if (size := saved.get("update_size", update_size)) != update_size:
+        changes.append(f"samples per update {size} -> {update_size} (training.global_batch_size keeps them)")
+    return changes
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
