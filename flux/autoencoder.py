@@ -4,9 +4,10 @@ A convolutional variational autoencoder (Rombach et al. 2022, arXiv 2112.10752, 
 "quant" convolutions of older ones. It is frozen everywhere but in scripts/train_autoencoder.py.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flux.spec import CodecConfig
+
 NORM_EPS = 1e-6
 # The embedded autoencoder brings the smooth picture of `make_smooth_picture` back at 38 dB; a gray picture, the best
 # that random weights can do, has 11 dB.
 MIN_RECONSTRUCTION_DB = 18.0
 
+VAE_CONFIG, VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # in a diffusers folder
+Renaming = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 REMEDY = (
     "use the embedded assets/tiny/autoencoder.safetensors, or get FLUX.1's with `python -m scripts.download_assets`"
 )
@@ -192,28 +197,41 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(
-    path: str | Path, latent_channels: int, dtype: torch.dtype, device: torch.device | str
+    path: str | Path,
+    codec: CodecConfig,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    to_native: Renaming | None = None,
 ) -> Autoencoder:
     """A frozen autoencoder in eval mode. Its sizes are read from the file, and it has to prove that it is trained.
 
     Args:
-        path: `encoder.autoencoder_path`, a safetensors file under Black Forest Labs' names.
-        latent_channels: of the flavor, 16 for FLUX.1.
-        dtype: of weights and computation.
+        path: `encoder.autoencoder_path`, a safetensors file or the `vae` folder of a diffusers pipeline.
+        codec: of the flavor, whose latents it must make.
+        dtype: of weights and computation; None: that of the file.
         device: where it lives.
+        to_native: gives tensors with the names of diffusers ours; None: only ours are known.
 
     Raises:
         ValueError: no such file, not safetensors, damaged, another architecture or channel count, not trained.
     """
-    shapes = read_shapes(path)
-    config = config_from_shapes(shapes, path)
-    if config.latent_channels != latent_channels:
-        raise _error(path, f"has {config.latent_channels} latent channels, but the flavor needs {latent_channels}")
-    check_shapes(shapes, config, path)
+    file = _find_weights(Path(path), codec)
+    shapes = read_shapes(file)
+    is_diffusers = any(key.startswith("encoder.down_blocks.") for key in shapes)
+    if is_diffusers and to_native is not None:
+        shapes = _rename_shapes(shapes, to_native, file)
+    config = config_from_shapes(shapes, file)
+    if config.latent_channels != codec.latent_channels:
+        rule = f"has {config.latent_channels} latent channels, but the flavor needs {codec.latent_channels}"
+        raise _error(path, rule)
+    check_shapes(shapes, config, file)
 
     with torch.device("meta"):
         autoencoder = Autoencoder(config)
-    weights = {key: tensor.to(dtype) for key, tensor in load_file(path, device=str(device)).items()}
+    weights = load_file(file, device=str(device))
+    if is_diffusers and to_native is not None:
+        weights = to_native(weights)
+    weights = {key: tensor.to(dtype=dtype) for key, tensor in weights.items()}
     autoencoder.load_state_dict(weights, strict=True, assign=True)
     autoencoder.eval().requires_grad_(False)
 
@@ -222,6 +240,32 @@ def load_autoencoder(
         rule = f"a smooth picture must come back at {MIN_RECONSTRUCTION_DB} dB or more and comes back at {psnr:.1f}"
         raise _error(path, f"is not a trained autoencoder ({rule})")
     return autoencoder
+
+
+def _find_weights(path: Path, codec: CodecConfig) -> Path:
+    """The file itself, or that of a folder whose config.json scales latents as the flavor does."""
+    if not path.is_dir():
+        return path
+    try:
+        values = json.loads((path / VAE_CONFIG).read_text(encoding="utf-8"))
+        scaling = values["scaling_factor"], values["shift_factor"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"is a folder, and must then hold {VAE_CONFIG} and {VAE_WEIGHTS} of diffusers' AutoencoderKL"
+        raise _error(path, rule) from error
+    if scaling != (codec.scale, codec.shift):
+        needed = f"{codec.scale} and {codec.shift}"
+        raise _error(path, f"scales and shifts latents by {scaling[0]} and {scaling[1]}, but the flavor by {needed}")
+    return path / VAE_WEIGHTS
+
+
+def _rename_shapes(
+    shapes: Mapping[str, tuple[int, ...]], to_native: Renaming, path: Path
+) -> dict[str, tuple[int, ...]]:
+    try:
+        renamed = to_native({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    except ValueError as error:
+        raise _error(path, f"is not a FLUX.1 autoencoder: {error}") from None
+    return {key: tuple(tensor.shape) for key, tensor in renamed.items()}
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The [model], [encoder], [training] and [validation] sections."""
+"""The [model], [encoder], [training], [validation] and [inference] sections."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -35,7 +35,9 @@ class Encoder:
         str, "CLIP text encoder and its tokenizer: a folder, or a name that scripts.download_assets fetches", "[1, inf)"
     ] = "assets/tiny/clip"
     autoencoder_path: Annotated[
-        str, "safetensors file of the autoencoder under Black Forest Labs' names", "[1, inf)"
+        str,
+        "the autoencoder: a safetensors file under Black Forest Labs' names or diffusers', or a pipeline's vae folder",
+        "[1, inf)",
     ] = "assets/tiny/autoencoder.safetensors"
     max_t5_encoding_len: Annotated[
         int, "T5 tokens per prompt: longer ones are cut, shorter ones padded", "[1, 512]"
@@ -148,3 +150,15 @@ class Validation:
     def cfg_scale(self) -> float:
         """The scale that pictures are drawn with; 1 is no guidance."""
         return self.classifier_free_guidance_scale if self.enable_classifier_free_guidance else 1.0
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What scripts.sample draws where its command line does not say otherwise."""
+
+    prompts_path: Annotated[str | None, "text file with one prompt per line", "[1, inf)"] = None
+    save_img_folder: Annotated[str, "where the pictures go", "[1, inf)"] = "inference_results"
+    local_batch_size: Annotated[int, "pictures that a process draws at a time", "[1, inf)"] = 2
+    img_size: Annotated[
+        int, "side of the pictures in pixels, a multiple of 16; -1: as in training", "-1 or [16, inf)"
+    ] = -1

@@ -174,3 +174,11 @@ AUTOENCODER_DIFFUSERS_RULES: tuple[Rule, ...] = (
         )
     ),
 )
+
+# The layouts that a transformer's weights may come in, by what they are called.
+LAYOUTS: dict[str, tuple[Rule, ...]] = {
+    "Black Forest Labs'": BFL_RULES,
+    "diffusers' FLUX.1": FLUX1_DIFFUSERS_RULES,
+    "diffusers' FLUX.2": FLUX2_DIFFUSERS_RULES,
+    "diffusers' Qwen-Image": QWEN_DIFFUSERS_RULES,
+}

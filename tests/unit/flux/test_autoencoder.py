@@ -31,7 +31,7 @@ ROOM_DB = 5.0  # on both sides of the limit between trained and not
 
 @pytest.fixture(scope="module")
 def tiny() -> Autoencoder:
-    return load_autoencoder(TINY, latent_channels=16, dtype=torch.float32, device="cpu")
+    return load_autoencoder(TINY, CodecConfig(), dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_loaded_is_frozen_and_as_the_file_says(tiny):
 
 
 def test_loads_in_bfloat16(shapes_BCHW):
-    autoencoder = load_autoencoder(str(TINY), latent_channels=16, dtype=torch.bfloat16, device="cpu")
+    autoencoder = load_autoencoder(str(TINY), CodecConfig(), dtype=torch.bfloat16, device="cpu")
     assert {parameter.dtype for parameter in autoencoder.parameters()} == {torch.bfloat16}
     codec = LatentCodec(autoencoder, CodecConfig())
     decoded_BCHW = codec.decode(codec.encode(shapes_BCHW), (4, 4))
@@ -96,7 +96,7 @@ def test_embedded_latents_have_the_spread_of_flux(tiny, shapes_BCHW):
 
 
 def load(path):
-    return load_autoencoder(path, latent_channels=16, dtype=torch.float32, device="cpu")
+    return load_autoencoder(path, CodecConfig(), dtype=torch.float32, device="cpu")
 
 
 def test_refuses_a_missing_file(tmp_path):
@@ -108,7 +108,7 @@ def test_refuses_a_missing_file(tmp_path):
 
 def test_refuses_a_folder(tmp_path):
     (tmp_path / "vae.safetensors").mkdir()
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match=r"is a folder, and must then hold config\.json"):
         load(tmp_path / "vae.safetensors")
 
 
@@ -138,7 +138,7 @@ def test_refuses_a_pickle_under_the_right_suffix(tmp_path):
 
 def test_refuses_another_channel_count(tmp_path):
     with pytest.raises(ValueError, match="has 16 latent channels, but the flavor needs 32"):
-        load_autoencoder(TINY, latent_channels=32, dtype=torch.float32, device="cpu")
+        load_autoencoder(TINY, CodecConfig(latent_channels=32), dtype=torch.float32, device="cpu")
 
 
 def drop(weights, key):

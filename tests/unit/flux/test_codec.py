@@ -144,6 +144,6 @@ def test_a_picture_does_not_depend_on_its_batch(codec):
 def test_every_flavor_fits_the_embedded_autoencoder(flavor):
     spec = SPECS[flavor]
     path = Path(__file__).parents[3] / "assets/tiny/autoencoder.safetensors"
-    autoencoder = load_autoencoder(path, spec.codec.latent_channels, torch.float32, "cpu")
+    autoencoder = load_autoencoder(path, spec.codec, torch.float32, "cpu")
     latents_BTC = LatentCodec(autoencoder, spec.codec).encode(make_pixels())
     assert latents_BTC.shape[-1] == spec.transformer.in_channels
