@@ -64,10 +64,10 @@ class Layout:
         dist.all_gather(parts, value.contiguous(), group=self.samples["dp"].get_group())
         return torch.cat(parts)
 
-    def from_rank_0(self, name: str, make: Callable[[], str]) -> str:
-        """What rank 0 makes, on every rank. When it fails there, the others end with it and leave the word to it."""
+    def from_rank_0(self, name: str, make: Callable[[], object]) -> str:
+        """What rank 0 makes, as text, on every rank. When it fails there, all end, and the word is its own."""
         if self.degrees.world == 1:
-            return make()
+            return str(make())
         store = dist.distributed_c10d._get_default_store()
         if self.rank:
             kind, _, text = store.get(name).decode().partition(":")
@@ -75,7 +75,7 @@ class Layout:
                 raise SystemExit(1)
             return text
         try:
-            text = make()
+            text = str(make())
         except BaseException:
             store.set(name, "failed:")
             raise
@@ -91,9 +91,28 @@ class Layout:
         except RuntimeError:  # the process that keeps the store is gone
             return True
 
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's word, on all ranks; for what each would decide by its own clock."""
+        if self.degrees.world == 1:
+            return flag
+        word = torch.tensor(float(flag), device=self.device)
+        dist.broadcast(word, src=0)
+        return bool(word.item())
+
+    def make_cpu_group(self, seconds: int) -> dist.ProcessGroup | None:
+        """All ranks once more, with a time limit of its own that `set_timeout` leaves alone; None: there is one rank.
+
+        For a thread beside training: two threads must not communicate over one group.
+        """
+        if self.degrees.world == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
     def set_timeout(self, seconds: int) -> None:
-        """Limit on every communication from here on."""
-        for group in list(dist.distributed_c10d._world.pg_map) if self.weights is not None else []:
+        """Limit on every communication of training from here on."""
+        meshes = [mesh for mesh in (self.weights, self.samples, self.encoder) if mesh is not None]
+        groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+        for group in [dist.group.WORLD, *groups] if meshes else []:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

@@ -1,7 +1,9 @@
 """A parameter and the part of it that this rank holds, whatever axes of the mesh it is spread over."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -46,6 +48,38 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return full.detach()
 
 
+def local_views(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """The boxes of a tensor that this rank holds: where each begins in the whole tensor, and a view of its values.
+
+    One box, or several where packed rows or columns are split piece by piece; none where others hold all of it.
+    """
+    if not isinstance(tensor, DTensor):
+        return [((0,) * tensor.ndim, tensor.detach())]
+    check_layout(tensor)
+    mesh, segments = tensor.device_mesh, [[(0, size)] for size in tensor.shape]  # of each dim: (start, length)
+    for axis, placement in enumerate(tensor.placements):
+        if (dim := split_dim(placement)) is not None:
+            count, index, (start, length) = mesh.size(axis), mesh.get_local_rank(axis), segments[dim][0]
+            piece = length // _pieces(placement)
+            part = -(-piece // count)
+            first = min(index * part, piece)
+            held = min(part, piece - first)
+            segments[dim] = [(start + number * piece + first, held) for number in range(_pieces(placement))]
+    views: list[tuple[tuple[int, ...], Tensor]] = [((), _plain(tensor.to_local().detach()))]
+    for dim, parts in enumerate(segments):
+        views = [
+            ((*offsets, start), view.narrow(dim, place * length, length))
+            for offsets, view in views
+            for place, (start, length) in enumerate(parts)
+        ]
+    return [(offsets, view) for offsets, view in views if view.numel()]
+
+
+def _plain(local: Tensor) -> Tensor:
+    """A weight that float8 gathers in 8 bits is wrapped by torchao; the values are inside."""
+    return getattr(local, "_tensor", local)
+
+
 def local_bytes(tensor: Tensor) -> int:
     """Memory that this rank spends on a tensor."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -82,14 +116,14 @@ def _take(full: Tensor, dim: int, pieces: int, count: int, index: int) -> Tensor
     return parts[index] if index < len(parts) else full.narrow(dim, full.shape[dim], 0)
 
 
-def gather_state_dict(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
-    """All parameters whole, in the CPU's memory, on ranks that `keep` them; the others only help and get nothing.
+def gather_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """All tensors whole, in the CPU's memory, on ranks that `keep` them; the others only help and get nothing.
 
-    One parameter at a time is whole on the device. All ranks must call it.
+    One tensor at a time is whole on the device. All ranks must call it.
     """
     kept = {}
-    for name, parameter in model.named_parameters():
-        whole = full_tensor(parameter)
+    for name, tensor in tensors.items():
+        whole = full_tensor(tensor)
         if keep:
             kept[name] = whole.to("cpu", dtype)
     return kept

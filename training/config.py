@@ -1,4 +1,4 @@
-"""The [optimizer], [lr_scheduler] and [metrics] sections."""
+"""The [optimizer], [lr_scheduler], [ema] and [metrics] sections."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -36,6 +36,16 @@ class LRScheduler:
     ] = None
     decay_type: Annotated[Literal["linear", "sqrt", "cosine"], "shape of the decay"] = "linear"
     min_lr_factor: Annotated[float, "the decay ends at this share of optimizer.lr", "[0, 1]"] = 0.0
+
+
+@dataclass(frozen=True)
+class EMA:
+    """A running mean of the weights, which draws better pictures than the weights of any one step."""
+
+    enable: Annotated[bool, "keep an exponential moving average of the weights, in float32"] = False
+    decay: Annotated[
+        float, "share of the average that a step keeps; early steps keep less: (1 + step) / (10 + step)", "[0, 1)"
+    ] = 0.9999
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ def lr_factor(section: LRScheduler, steps: int, step: int) -> float:
     return section.min_lr_factor + (1 - section.min_lr_factor) * DECAYS[section.decay_type](progress)
 
 
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, section: LRScheduler, steps: int) -> LambdaLR:
-    """The schedule as a torch scheduler; step it once after every optimizer step."""
-    return LambdaLR(optimizer, lambda step: lr_factor(section, steps, step))
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, section: LRScheduler, steps: int, done: int = 0) -> LambdaLR:
+    """The schedule as a torch scheduler; step it once after every optimizer step.
+
+    Args:
+        done: steps that an earlier part of the run has taken.
+    """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, lambda step: lr_factor(section, steps, step), last_epoch=done - 1)

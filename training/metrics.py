@@ -12,7 +12,7 @@ from typing import Any
 
 from training.config import Metrics
 
-METRICS_NAME = "metrics.jsonl"  # in the run folder
+METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id.txt"  # in the run folder
 GIB = 2**30
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,17 @@ class MetricsLogger:
         folder: the run folder.
         section: [metrics].
         run_config: the resolved configuration, for wandb's table of runs.
+        done: the step that a run goes on from, 0 for a new one; what it logged after that step before it was stopped
+            will be logged again, and is forgotten here. None: nothing is, lines are added to those of a finished run.
     """
 
-    def __init__(self, folder: Path, section: Metrics, run_config: Mapping[str, Any]):
+    def __init__(self, folder: Path, section: Metrics, run_config: Mapping[str, Any], done: int | None = None):
+        if done is not None:
+            drop_lines_after(folder / METRICS_NAME, done)
         self._file = (folder / METRICS_NAME).open("a")
         self._sinks: dict[str, _TensorBoard | _Wandb] = {}
         if section.enable_tensorboard:
-            self._start("TensorBoard", lambda: _TensorBoard(folder / section.save_tb_folder))
+            self._start("TensorBoard", lambda: _TensorBoard(folder / section.save_tb_folder, done))
         if section.enable_wandb:
             self._start("wandb", lambda: _Wandb(folder, run_config))
 
@@ -72,11 +76,36 @@ class MetricsLogger:
                 del self._sinks[name]
 
 
+def drop_lines_after(metrics_jsonl: Path, step: int) -> None:
+    """Drops the lines of later steps and a torn last line, at once or not at all; the others keep every byte."""
+    if not metrics_jsonl.exists():
+        return
+    lines = metrics_jsonl.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) == len(lines):
+        return
+    shortened = metrics_jsonl.with_suffix(".tmp")
+    with shortened.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    shortened.replace(metrics_jsonl)
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a line; 0 for what no run has written, which is not ours to drop."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) else 0
+
+
 class _TensorBoard:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, done: int | None):
         from torch.utils.tensorboard import SummaryWriter  # only runs that use it pay for the import
 
-        self._writer = SummaryWriter(log_dir=str(folder))
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=None if done is None else done + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -100,7 +129,12 @@ class _Wandb:
         import wandb
 
         self._picture = wandb.Image
+        identity = folder / WANDB_ID_NAME
+        known = identity.read_text().strip() if identity.exists() else None
         self._run = wandb.init(
+            # A run that goes on stays one run. Steps that it has already sent are not taken twice; they are the same.
+            id=known,
+            resume="allow" if known else None,
             project=os.environ.get("WANDB_PROJECT", "flux"),
             name=folder.name,
             dir=str(folder),
@@ -108,6 +142,7 @@ class _Wandb:
             # The figures and the configuration are sent; code, patches and the command line stay here.
             settings=wandb.Settings(save_code=False, disable_git=True, x_disable_meta=True, console="off", silent=True),
         )
+        identity.write_text(f"{self._run.id}\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -12,9 +12,9 @@ SMOOTHING_SHARE = 0.05  # the window of the running mean, as a share of the logg
 def save_loss_curve(metrics_jsonl: Path, png: Path) -> None:
     """Draws `loss` (as logged and smoothed) and `validation_loss` over the steps of a metrics file.
 
-    Lines without one of the two count for the other. Non-finite values leave a gap.
+    Lines without one of the two count for the other, and torn ones for neither. Non-finite values leave a gap.
     """
-    lines = [json.loads(line) for line in metrics_jsonl.read_text().splitlines()]
+    lines = [line for text in metrics_jsonl.read_text(errors="replace").splitlines() if (line := _parse(text))]
     # A Figure of its own, without pyplot: no window system is touched and nothing global is kept.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -40,6 +40,15 @@ def running_mean(values: numpy.ndarray) -> numpy.ndarray:
     first, last = numpy.maximum(places - half, 0), numpy.minimum(places + half + 1, len(values))
     with numpy.errstate(invalid="ignore"):
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
+
+
+def _parse(text: str) -> dict | None:
+    """A line of the file, unless a full disk or a loss of power has torn it."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "step" in line else None
 
 
 def _series(lines: list[dict], name: str) -> tuple[numpy.ndarray, numpy.ndarray]:

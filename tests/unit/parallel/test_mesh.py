@@ -18,8 +18,12 @@ def talk(rank: int, world_size: int) -> dict:
         "shared": layout.from_rank_0("word", lambda: f"of rank {rank}"),
         "axes": (layout.axis("tp"), layout.axis("cp").size()),
         "described": layout.describe(),
+        "agreed": [layout.agree(rank > 0), layout.agree(rank == 0)],
     }
+    aside = layout.make_cpu_group(700)
     layout.set_timeout(60)
+    groups = (torch.distributed.group.WORLD, layout.samples["dp"].get_group(), aside)
+    told["timeouts"] = [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups]
     try:
         layout.from_rank_0("failing", fail)
     except (ValueError, SystemExit) as error:
@@ -39,6 +43,8 @@ def test_four_ranks():
         assert told["sum"] == 1111 and told["gathered"] == [0, 0, 1, 1]
         assert told["shared"] == "of rank 0" and told["axes"] == (None, 2)
         assert told["described"] == "4 ranks = dp_shard 2 x cp 2, gloo on cpu"
+        assert told["agreed"] == [False, True]  # as rank 0 sees it
+        assert told["timeouts"] == [60, 60, 700]  # training's own groups only
     assert [told["failure"] for told in ranks] == ["ValueError('no folder')"] + ["SystemExit(1)"] * 3
     assert sorted(told["first"] for told in ranks) == [False, False, False, True]
 
@@ -58,6 +64,7 @@ def test_one_process_needs_nobody():
     assert layout.sum(torch.tensor(2.0)).item() == 2 and layout.gather_samples(torch.ones(1)).tolist() == [1]
     assert layout.from_rank_0("word", lambda: "mine") == "mine" and layout.is_first_to_fail()
     assert layout.describe() == "1 process on cpu"
+    assert layout.make_cpu_group(700) is None and layout.agree(True) and not layout.agree(False)
     close_layout(layout)
 
 

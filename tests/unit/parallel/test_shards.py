@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -6,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from parallel.shards import copy_full_, full_tensor, local_bytes
+from parallel.shards import copy_full_, full_tensor, local_bytes, local_views
 from tests.distributed.ranks import run_ranks
-from tests.unit.parallel.spread_layers import LAYOUTS, build_layers, make_full, world_size
+from tests.unit.parallel.spread_layers import LAYOUTS, Layers, build_layers, make_full, world_size
 
 
 def copy_and_gather(rank: int, world: int, layout: str) -> dict:
@@ -82,6 +83,93 @@ def gather_gradient_like_placements(rank: int, world: int) -> list[bool]:
 def test_other_placements_agree_with_dtensor():
     for equal in run_ranks(gather_gradient_like_placements, 4):
         assert all(equal) and equal
+
+
+Boxes = list[tuple[tuple[int, ...], np.ndarray]]  # tensors do not travel between processes that end
+
+
+def view_layers(rank: int, world: int, layout: str) -> dict[str, Boxes]:
+    layers = build_layers(layout)
+    full = make_full(layers, seed=0)
+    for name, parameter in layers.named_parameters():
+        copy_full_(parameter, full[name])
+    return {name: boxes(parameter) for name, parameter in layers.named_parameters()}
+
+
+def boxes(tensor: torch.Tensor) -> Boxes:
+    return [(offsets, view.numpy().copy()) for offsets, view in local_views(tensor)]
+
+
+def put_together(ranks: list[Boxes], shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensor from all ranks' boxes, each of which counts once however many ranks hold it; and who wrote where."""
+    whole, writes = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    distinct = {(offsets, values.shape): values for rank in ranks for offsets, values in rank}
+    for (offsets, sizes), values in distinct.items():
+        box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+        whole[box] = torch.from_numpy(values)
+        writes[box] += 1
+    return whole, writes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_views_make_the_tensor_exactly_once(layout):
+    ranks = run_ranks(view_layers, world_size(layout), layout)
+    for name, full in make_full(Layers(), seed=0).items():
+        whole, writes = put_together([rank[name] for rank in ranks], full.shape)
+        assert torch.equal(writes, torch.ones_like(writes)), name
+        assert torch.equal(whole, full), name
+    packed = max(len(rank["packed_rows.weight"]) for rank in ranks)
+    assert packed == (3 if "tp" in LAYOUTS[layout] else 1)  # pieces that lie apart
+    if layout == "fsdp_3":
+        assert [len(rank["whole.weight"]) for rank in ranks] == [1, 0, 0]  # nothing to hold, nothing to save
+        assert [rank["columns.weight"][0][1].shape[0] for rank in ranks] == [2, 2, 1]
+
+
+def view_placements(rank: int, world: int) -> list[Boxes]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    full = torch.arange(35.0).reshape(7, 5)
+    replicated = DTensor.from_local(full, mesh, [Replicate(), Replicate()])
+    return [boxes(replicated.redistribute(placements=placements)) for placements in PLACEMENTS]
+
+
+PLACEMENTS = (
+    [Replicate(), Shard(0)],
+    [Shard(1), Replicate()],
+    [Shard(0), Shard(0)],
+    [Shard(1), Shard(0)],
+    [Replicate(), Replicate()],
+)
+
+
+def test_views_of_uneven_parts_in_two_dims():
+    ranks, full = run_ranks(view_placements, 4), torch.arange(35.0).reshape(7, 5)
+    for number, placements in enumerate(PLACEMENTS):
+        whole, writes = put_together([rank[number] for rank in ranks], full.shape)
+        assert torch.equal(writes, torch.ones_like(writes)) and torch.equal(whole, full), placements
+    lost = put_together([rank[3] for rank in ranks[:3]], full.shape)[1]
+    assert (lost == 0).any()  # control: a rank that is left out is missed
+
+
+def fill_views(rank: int, world: int) -> bool:
+    layers = build_layers("fsdp_2_tp_2")
+    full = make_full(layers, seed=0)
+    for name, parameter in layers.named_parameters():
+        for offsets, view in local_views(parameter):
+            view.copy_(full[name][tuple(slice(start, start + n) for start, n in zip(offsets, view.shape, strict=True))])
+    return all(torch.equal(full_tensor(p), full[name]) for name, p in layers.named_parameters())
+
+
+def test_what_is_put_into_the_views_is_in_the_parameters():
+    assert run_ranks(fill_views, 4) == [True] * 4
+
+
+def test_the_view_of_a_plain_tensor_is_the_tensor():
+    for shape in ((), (3,), (2, 3)):
+        parameter = nn.Parameter(torch.zeros(shape))
+        ((offsets, view),) = local_views(parameter)
+        assert offsets == (0,) * len(shape) and not view.requires_grad
+        view.fill_(1.0)
+        assert parameter.eq(1).all()
 
 
 def test_plain_tensors_need_no_processes():

@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from training import metrics as metrics_module
 from training.config import Metrics
-from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
+from training.metrics import METRICS_NAME, WANDB_ID_NAME, MetricsLogger, peak_memory_gib
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +42,58 @@ def test_non_finite_values_are_valid_json_and_read_back(tmp_path):
     assert (float(line["grad_norm"]), float(line["lr"])) == (math.inf, -math.inf)
 
 
+def test_a_run_that_goes_on_forgets_what_it_logged_after_its_checkpoint(tmp_path):
+    kept = b'{"step": 10, "loss": 1.0}\n{"step":20,  "loss": "nan"}\nnot ours\n[7]\n'
+    lost = b'{"step": 30, "loss": 0.5}\n'
+    (tmp_path / METRICS_NAME).write_bytes(kept + lost + b'{"step": 20, "validation_loss": 0.1}\n' + b'{"step": 20, "lo')
+    logger = MetricsLogger(tmp_path, Metrics(), {}, done=20)
+    logger.log(30, {"loss": 0.25})
+    logger.close()
+    wanted = kept + b'{"step": 20, "validation_loss": 0.1}\n{"step": 30, "loss": 0.25}\n'
+    assert (tmp_path / METRICS_NAME).read_bytes() == wanted
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_NAME]
+
+
+def test_lines_that_stay_are_not_written_anew(tmp_path):
+    path = tmp_path / METRICS_NAME
+    path.write_text('{"step": 20}\n')
+    before = path.stat().st_ino
+    for done in (None, 20):
+        MetricsLogger(tmp_path, Metrics(), {}, done).close()
+    assert path.stat().st_ino == before
+    MetricsLogger(tmp_path, Metrics(), {}).close()  # scores of a finished run are added
+    assert path.read_text() == '{"step": 20}\n'
+    MetricsLogger(tmp_path, Metrics(), {}, done=19).close()
+    assert path.read_text() == ""
+
+
+def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / METRICS_NAME
+    path.write_text('{"step": 10}\n{"step": 20}\n')
+
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics_module.os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsLogger(tmp_path, Metrics(), {}, done=10)
+    assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_tensorboard_shows_the_steps_of_a_run_that_went_on_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    section = Metrics(enable_tensorboard=True)
+    for done, losses in ((0, {1: 0.9, 2: 0.8, 3: 0.7}), (2, {3: 0.5})):
+        logger = MetricsLogger(tmp_path, section, {}, done)
+        for step, loss in losses.items():
+            logger.log(step, {"loss": loss})
+        logger.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
+    assert shown == [(1, 0.9), (2, 0.8), (3, 0.5)]
+
+
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -54,26 +107,38 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert [(event.step, event.width) for event in events.Images("samples")] == [(3, 4)]
 
 
-def test_wandb_offline_keeps_the_command_line_to_itself(tmp_path):
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
+def run_wandb_offline(folder, done, loss):
+    """A leg of a run with one logged step and a picture; what it wrote, by path."""
     body = f"""
 from pathlib import Path
 from training.config import Metrics
 from training.metrics import MetricsLogger
-logger = MetricsLogger(Path({str(tmp_path)!r}), Metrics(enable_wandb=True), {{"training": {{"steps": 54321}}}})
-logger.log(1, {{"loss": 0.5}})
-logger.log_image(1, "samples", Path({str(tmp_path)!r}) / "grid.png")
+folder = Path({str(folder)!r})
+logger = MetricsLogger(folder, Metrics(enable_wandb=True), {{"training": {{"steps": 54321}}}}, {done})
+logger.log({done} + 1, {{"loss": {loss}}})
+logger.log_image({done} + 1, "samples", folder / "grid.png")
 logger.close()
 """
     command = [sys.executable, "-c", body, "--secret", "planted-secret"]
-    environment = {"PATH": "", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    environment = {"PATH": "", "HOME": str(folder), "WANDB_MODE": "offline"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "off" not in done.stderr
-    files = {path: path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in (folder / "wandb").rglob("*") if path.is_file()}
+
+
+def test_wandb_offline_keeps_the_command_line_to_itself_and_goes_on_as_one_run(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
+    files = run_wandb_offline(tmp_path, done=0, loss=0.5)
     assert any(path.suffix == ".wandb" and b"54321" in content for path, content in files.items())
     assert any(path.suffix == ".png" for path in files)
     assert not any(b"planted-secret" in content for content in files.values())
+
+    identity = (tmp_path / WANDB_ID_NAME).read_text().strip()
+    both = run_wandb_offline(tmp_path, done=1, loss=0.25)
+    assert (tmp_path / WANDB_ID_NAME).read_text().strip() == identity
+    legs = {path.name for path in both if path.suffix == ".wandb"}
+    assert legs == {f"run-{identity}.wandb"} and len([path for path in both if path.suffix == ".wandb"]) == 2
 
 
 class Sink:

@@ -9,7 +9,7 @@ from training.plots import running_mean, save_loss_curve
 
 
 def write_metrics(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
 
 
@@ -43,6 +43,12 @@ def test_a_run_without_validation_and_with_a_bad_step(monkeypatch, tmp_path):
     drawn = drawn_series(monkeypatch, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": "nan"}], tmp_path)
     assert set(drawn) == {"training, as logged", "training, smoothed"}
     assert math.isnan(drawn["training, as logged"][1, 1])
+
+
+def test_torn_and_foreign_lines_are_passed_by(monkeypatch, tmp_path):
+    lines = [{"step": 1, "loss": 1.0}, '{"step": 2, "lo', "\x00\x00", "7", '{"loss": 2.0}', {"step": 3, "loss": 0.5}]
+    drawn = drawn_series(monkeypatch, lines, tmp_path)
+    assert drawn["training, as logged"].tolist() == [[1, 1.0], [3, 0.5]]
 
 
 def test_running_mean_is_a_mean_and_leaves_out_what_is_not_finite():
