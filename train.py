@@ -2,174 +2,115 @@
 
     python train.py --job.config_file train_configs/flux_tiny.toml [--section.key value ...]
 
-The build functions below are the only place where a model, its encoders or its data are put together; scripts and
-benchmarks call them too.
+What the parts of a run are made of stands in build.py.
 """
 
 import logging
 import math
 import os
-import secrets
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from checkpoint.export import EXPORT_FILE, load_export, save_export
+from build import (
+    CONFIG_FILE,
+    DTYPES,
+    EMA_EXPORT_FILE,
+    EXPORT_FILE,
+    EXPORT_FOLDER,
+    PIPELINE_FOLDER,
+    build_checkpointer,
+    build_encoders,
+    build_model,
+    build_run_layout,
+    checkpoint_tensors,
+    choose_techniques,
+    compute_dtype,
+    draw_seed,
+    export_pipeline,
+    find_start,
+    start_weights,
+)
+from checkpoint.checkpointer import Found
+from checkpoint.errors import CheckpointError
+from checkpoint.lazy import lazy_all
+from checkpoint.safetensors_file import write_safetensors
 from config.job_config import JobConfig
 from config.parse import load_config
+from config.resume import find_changes, settle_seed
 from config.write import format_config, save_config
-from flux.autoencoder import AutoencoderConfig, load_autoencoder
+from flux.autoencoder import AutoencoderConfig
 from flux.batch import RawBatch
-from flux.codec import LatentCodec
-from flux.conditioner import Sharding, build_conditioner, check_tokenizer
 from flux.data.build import build_training_loader, build_validation_loader
 from flux.data.errors import DataError
 from flux.data.loader import Loader
 from flux.data.shape_score import can_score, describe_scores, score_pictures
-from flux.data.tokenizers import FluxTokenizer, build_tokenizer
-from flux.encoders import Encoders
+from flux.data.tokenizers import build_tokenizer
 from flux.flops import training_flops, with_unit
 from flux.flow import squared_error_sum
 from flux.inputs import make_inputs
-from flux.model import FluxTransformer, init_weights
 from flux.pictures import make_images, save_grid
 from flux.plans import make_plan
 from flux.prompts import load_prompts
 from flux.sampling import draw_pictures
-from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
+from flux.spec import PIXELS_PER_TOKEN, SPECS
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
-from parallel.data_parallel import apply_frozen_fsdp, reshard
-from parallel.degrees import Degrees, read_ranks, resolve_degrees
+from parallel.data_parallel import reshard
+from parallel.degrees import read_ranks
 from parallel.gradients import clip_grad_norm_, group_by_mesh
-from parallel.mesh import Layout, build_layout, choose_device, close_layout
-from parallel.parallelize import Techniques, check_techniques, parallelize
+from parallel.mesh import Layout, close_layout
+from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
-from parallel.shards import copy_full_, gather_state_dict
+from parallel.shards import gather_state_dict
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
 from training.determinism import apply_determinism
+from training.ema import build_ema, update_ema
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
 from training.optimizer import build_optimizer
 from training.plots import save_loss_curve
 from training.step_timer import StepTimer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("train")  # by name: run as a program, this module is called __main__
-EXIT_CODES = {DataError: exit_codes.DATA, ValueError: exit_codes.CONFIG, FloatingPointError: exit_codes.DIVERGED}
+EXIT_CODES = {
+    DataError: exit_codes.DATA,
+    ValueError: exit_codes.CONFIG,
+    FloatingPointError: exit_codes.DIVERGED,
+    CheckpointError: exit_codes.CHECKPOINT,
+}
 STAGES = 6
-CONFIG_FILE, EXPORT_FOLDER, LOSS_CURVE = "config.toml", "export", "loss.png"  # in the run folder
-
-
-def build_run_layout(config: JobConfig, world_size: int) -> Layout:
-    """This process among the others, who must all call it."""
-    training = config.training
-    by_fsdp = training.dtype != training.mixed_precision_param or training.enable_cpu_offload
-    return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
-
-
-def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, layout: Layout) -> Encoders:
-    """The frozen text encoders and autoencoder. T5 is split over all ranks of a copy of the weights."""
-    encoder, device, mesh = config.encoder, layout.device, layout.encoder
-    sharding = None if mesh is None else Sharding(partial(apply_frozen_fsdp, mesh=mesh), copy_full_)
-    channels, dtype = spec.codec.latent_channels, DTYPES[encoder.dtype]
-    autoencoder = load_autoencoder(encoder.autoencoder_path, channels, dtype, device)
-    conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding)
-    check_tokenizer(tokenizer, conditioner)
-    return Encoders(tokenizer, conditioner, LatentCodec(autoencoder, spec.codec), device)
-
-
-def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTransformer:
-    """The transformer on the meta device, parallelized: it has no weights yet."""
-    with torch.device("meta"):
-        model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
-    parallelize(model, make_plan(spec.transformer), layout, choose_techniques(config))
-    return model
-
-
-def choose_techniques(config: JobConfig) -> Techniques:
-    """What the configuration wants to be done to the model."""
-    return Techniques(
-        config.parallelism,
-        config.activation_checkpoint,
-        config.compile,
-        config.quantize,
-        config.model.converters,
-        param_dtype=compute_dtype(config),
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        cpu_offload=config.training.enable_cpu_offload,
-    )
-
-
-def draw_weights(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
-    """Gives the model of `build_model` fresh weights; a rank never holds more than its part and one whole tensor."""
-    model.to_empty(device="cpu" if config.training.enable_cpu_offload else layout.device)
-    init_weights(model, _seed(config), layout.device, copy_full_)
-
-
-def compute_dtype(config: JobConfig) -> torch.dtype:
-    """Number format of the transformer's computation."""
-    training = config.training
-    return DTYPES[training.mixed_precision_param if training.dtype == "float32" else training.dtype]
-
-
-class TrainedRun(NamedTuple):
-    """What a finished run left, ready to draw with."""
-
-    config: JobConfig
-    spec: ModelSpec
-    model: FluxTransformer
-    encoders: Encoders
-    step: int
-
-
-def load_run(folder: Path) -> TrainedRun:
-    """The exported weights of a run with its encoders.
-
-    Raises:
-        ValueError: not the folder of a finished run.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a finished run, such as outputs/tiny")
-    config = load_config([f"--job.config_file={folder / CONFIG_FILE}"])
-    spec, layout = SPECS[config.model.flavor], Layout(Degrees(), choose_device())
-    with torch.device("meta"):
-        model = FluxTransformer(spec.transformer)
-    metadata = load_export(folder / EXPORT_FOLDER / EXPORT_FILE, model, spec.name)
-    tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
-    encoders = build_encoders(config, spec, tokenizer, layout)
-    return TrainedRun(config, spec, model.to(layout.device).eval(), encoders, int(metadata.get("step", 0)))
-
-
-def _seed(config: JobConfig) -> int:
-    assert config.debug.seed is not None, "main() draws a seed where the configuration has none"
-    return config.debug.seed
+LOSS_CURVE = "loss.png"  # in the run folder
 
 
 class FluxTrainer:
     """One training run: built in six steps, then `train()`. All ranks make one and do the same."""
 
     def __init__(self, config: JobConfig, folder: Path, layout: Layout):
-        self.config, self.folder, self.layout = config, folder, layout
+        self.checkpointer = build_checkpointer(config, folder, layout)
+        found = find_start(config, self.checkpointer)
+        saved = found.train_state if found else {}
+        self.config = config = settle_seed(config, saved.get("seed"), partial(draw_seed, layout))
+        self.seed, self.folder, self.layout = cast(int, config.debug.seed), folder, layout
         training, validation, degrees = config.training, config.validation, layout.degrees
-        self.step = 0  # finished updates
-        self.cursor = 0  # positions that finished updates have used
+        self.step = found.step if found else 0  # finished updates
+        self.cursor = found.samples_seen if found else 0  # positions that finished updates have used
         self.device, self.dtype = layout.device, compute_dtype(config)
         log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads")
 
         self.spec = SPECS[config.model.flavor]
         self.update_size, self.accumulation = training.update_size(degrees.dp), training.accumulation(degrees.dp)
         tokenizer = build_tokenizer(config.encoder, training.test_mode)
-        data = (training, validation, config.encoder, self.spec, tokenizer, _seed(config), layout.dp_rank, degrees.dp)
+        data = (training, validation, config.encoder, self.spec, tokenizer, self.seed, layout.dp_rank, degrees.dp)
         self.loader = build_training_loader(*data, self.cursor)
         update = training.describe_update(degrees.dp)
         log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {update}")
@@ -181,7 +122,7 @@ class FluxTrainer:
 
         self.plan = make_plan(self.spec.transformer)
         self.model = build_model(config, self.spec, layout)
-        draw_weights(config, self.model, layout)
+        start_weights(config, self.spec, self.model, layout, found)
         self.loss_sum = compile_loss(squared_error_sum, config.compile)
         tokens = (training.img_size // PIXELS_PER_TOKEN) ** 2
         self.flops_per_sample = training_flops(self.spec.transformer, tokens, config.encoder.max_t5_encoding_len)
@@ -192,11 +133,14 @@ class FluxTrainer:
         log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
 
         self.optimizer = build_optimizer(group_by_mesh(self.model.parameters()), config.optimizer)
-        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps)
+        self.ema: dict[str, Tensor] = {}
+        self._load(found)
+        done = found.schedule_step if found else 0
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
         log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
 
-        self.metrics = MetricsLogger(folder, config.metrics, asdict(config)) if layout.rank == 0 else None
+        self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step) if layout.rank == 0 else None
         self.timer = StepTimer()
         self.validation_loader: Loader | None = None
         if validation.enable:
@@ -207,7 +151,35 @@ class FluxTrainer:
                 else self.validation_loader.captions(validation.save_img_count)
             )
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
-        log_stage(6, STAGES, "run", f"{folder}, new; {plan}")
+        log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
+        if changes := find_changes(saved, config, self.update_size):
+            log.warning("not as in the checkpoint: %s", ", ".join(changes))
+
+    def _load(self, found: Found | None) -> None:
+        """Fills model, optimizer and average of the weights from a checkpoint, if there is one."""
+        parameters = dict(self.model.named_parameters())
+        if self.config.ema.enable and found and found.holds("ema"):
+            self.ema = build_ema(parameters)  # room for it
+        if found:
+            optimizer = self.optimizer if found.holds("optimizer") else None
+            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, self.ema))
+        if self.config.ema.enable and not self.ema:
+            self.ema = build_ema(parameters)
+
+    def save(self) -> None:
+        """Saves a checkpoint of what the last update left."""
+        train_state = {
+            "step": self.step,
+            "samples_seen": self.cursor,
+            "schedule_step": self.lr_scheduler.last_epoch,
+            "seed": self.seed,
+            "update_size": self.update_size,
+            "flavor": self.spec.name,
+            "layout": self.layout.describe(),
+            "torch": torch.__version__,
+            "config": asdict(self.config),
+        }
+        self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema), train_state)
 
     def predict(self, **inputs: Tensor | None) -> Tensor:
         """The transformer's velocity of all tokens, on every rank; for sampling, without gradients."""
@@ -251,6 +223,8 @@ class FluxTrainer:
         self.lr_scheduler.step()
         after_update(self.model, self.config.model.converters, self.config.quantize)
         self.step += 1
+        if self.ema:
+            update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
         self.cursor += self.update_size
         self.timer.count(self.update_size)
         return loss, grad_norm
@@ -262,38 +236,67 @@ class FluxTrainer:
     def train(self) -> None:
         """Runs to training.steps, then exports the weights and draws the loss curve."""
         training, validation = self.config.training, self.config.validation
+        if self.config.checkpoint.create_seed_checkpoint:
+            self.save()
+            return self.checkpointer.finish()
         batches = iter(self.loader)
-        steps = StepLog(training.steps, shown=self.layout.rank == 0)
+        steps = StepLog(training.steps, done=self.step, shown=self.layout.rank == 0)
+        if self.step >= training.steps:
+            log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
+        first_step = self.step + 1
         while self.step < training.steps:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
             steps.advance()
-            if self.step == 1 or self._due(self.config.metrics.log_freq):
+            self.checkpointer.poll()
+            if is_logged := self.step == 1 or self._due(self.config.metrics.log_freq):
                 steps.report(self.step, self._log_step(self.layout.sum(loss).item(), grad_norm.item(), float(lr)))
-            if self.step == 1:
+            if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 if validation.enable and self._due(validation.freq):
                     log.info("step %d: validation loss %.4f", self.step, self.validate())
                 if validation.enable and self._due(validation.eval_freq):
                     log.info("step %d: %s", self.step, self.draw_grid())
+                if self._must_save(is_logged):
+                    self.save()
         steps.close()
         self._finish()
+
+    def _must_save(self, is_logged: bool) -> bool:
+        """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
+        if self.checkpointer.is_due(self.step, self.step == self.config.training.steps):
+            return True
+        by_minutes = is_logged and self.config.checkpoint.interval_minutes > 0
+        return by_minutes and self.layout.agree(self.checkpointer.is_overdue())
 
     def _due(self, freq: int) -> bool:
         """Every `freq` steps and at the last one; 0: never."""
         return freq > 0 and (self.step % freq == 0 or self.step == self.config.training.steps)
 
     def _finish(self) -> None:
+        """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
+        self.checkpointer.finish()
+        section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
+        self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
+        if section.last_save_model_only or not section.enable:
+            weights = self._export(folder / EXPORT_FILE, dict(self.model.named_parameters()))
+            if self.ema:
+                self._export(folder / EMA_EXPORT_FILE, self.ema)
+            if section.last_save_in_hf and self.layout.rank == 0:
+                export_pipeline(folder / PIPELINE_FOLDER, self.spec, self.config, weights)
+        if self.metrics:
+            self.metrics.close()
+            save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
+            log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
+
+    def _export(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saves one file of whole tensors, and gives them back; on rank 0, the others help."""
         dtype = DTYPES[self.config.checkpoint.export_dtype]
-        state_dict = gather_state_dict(self.model, dtype, keep=self.metrics is not None)
-        if self.metrics is None:
-            return
-        metadata = {"flavor": self.spec.name, "step": str(self.step)}
-        path = save_export(self.folder / EXPORT_FOLDER, state_dict, dtype, metadata)
-        self.metrics.close()
-        save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
-        log.info("done: weights in %s, loss curve in %s", path, self.folder / LOSS_CURVE)
+        weights = gather_state_dict(tensors, dtype, keep=self.layout.rank == 0)
+        if self.layout.rank == 0:
+            write_safetensors(path, lazy_all(weights), dtype, {"flavor": self.spec.name, "step": str(self.step)})
+        return weights
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -375,21 +378,21 @@ def main(argv: list[str]) -> None:
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
         check_techniques(choose_techniques(config), layout.device.type)
-        if config.debug.seed is None:
-            seed = int(layout.from_rank_0("seed", lambda: str(secrets.randbelow(2**32))))
-            config = replace(config, debug=replace(config.debug, seed=seed))
-        end.folder = Path(layout.from_rank_0("folder", lambda: str(claim_run_folder(config.job.dump_folder))))
-        if end.rank == 0:
-            if end.folder != Path(config.job.dump_folder):
-                log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
-            save_config(config, end.folder / CONFIG_FILE)
-            if config.job.print_config:
-                log.info("%s", format_config(config))
+        resumable = config.checkpoint.folder if config.checkpoint.enable else None
+        claim = partial(claim_run_folder, config.job.dump_folder, resumable)
+        end.folder = Path(layout.from_rank_0("folder", claim))
+        if end.folder != Path(config.job.dump_folder):
+            log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
         trainer = FluxTrainer(config, end.folder, layout)
+        if end.rank == 0:
+            save_config(trainer.config, end.folder / CONFIG_FILE)
+            if config.job.print_config:
+                log.info("%s", format_config(trainer.config))
         try:
             trainer.train()
         finally:
             end.step = trainer.step
+            trainer.checkpointer.close()
         close_layout(layout)
 
 

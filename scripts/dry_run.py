@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from build import build_model, build_run_layout, compute_dtype
 from config.job_config import JobConfig
 from config.parse import load_config, read_process_count
 from flux.batch import TextCond
@@ -32,7 +33,7 @@ from parallel.names import find_modules
 from parallel.shards import local_bytes
 from runtime.exit_record import recorded_exit
 from runtime.log import setup_logging
-from train import EXIT_CODES, build_model, build_run_layout, compute_dtype
+from train import EXIT_CODES
 from training.optimizer import build_optimizer
 
 GIB = 2**30

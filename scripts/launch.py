@@ -25,7 +25,7 @@ from runtime.exit_record import RECORD_VARIABLE
 
 GRACE_SECONDS = 30  # torchrun kills a rank that has not ended this long after the first failure
 # The reasons of a rank count more than the signals that other ranks die of; a traceback may only be their consequence.
-REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED)
+REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED, exit_codes.CHECKPOINT)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from flux.data.shapes import HELD_OUT_SCENES
 from flux.pictures import make_images, save_grid
 from flux.sampling import draw_pictures
 from runtime.exit_record import recorded_exit
-from train import EXIT_CODES, load_run
+from train import EXIT_CODES
+from trained import load_run
 from training.config import Metrics
 from training.metrics import MetricsLogger
 
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m scripts.score_shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="folder of a finished run")
+    add("--checkpoint", type=Path, required=True, metavar="FOLDER", help="folder of a run; its newest weights count")
     add("--count", type=int, default=64, help=f"held-out captions, 1 to {len(HELD_OUT_SCENES)} (%(default)s)")
     add("--seed", type=int, default=0, help="of the first picture; the others count up (%(default)s)")
     add("--steps", type=int, help="Euler steps, at least 1 (as in the run's own pictures)")

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(
@@ -30,10 +30,10 @@ def run_ranks(
     Raises:
         RuntimeError: a rank failed or did not answer; the text holds the first traceback.
     """
-    results = _CONTEXT.Queue()
+    results = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_run, args=(function, rank, world_size, f"{folder}/store", results, timeout, device, args)
             )
             for rank in range(world_size)

@@ -133,7 +133,7 @@ def test_faulty_prompt_file(capfd, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--checkpoint=nowhere"], "nowhere has no config.toml"),
+        (["--checkpoint=nowhere"], "nowhere is missing"),
         (["--checkpoint=nowhere", "--height=100"], "--height=100 must be a positive multiple of 16: use 96"),
         (["--checkpoint=nowhere", "--steps=0"], "--steps=0 must be at least 1"),
         (["--checkpoint=nowhere", "--seed=-1"], "--seed=-1 must be"),

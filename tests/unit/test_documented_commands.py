@@ -12,7 +12,7 @@ import pytest
 from config.parse import ConfigError, parse
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/parallelism.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/parallelism.md", "docs/checkpoints.md", "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
@@ -126,9 +126,7 @@ def test_a_wrong_command_is_found(command):
     assert problem(shlex.split(command)) is not None
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/data_flow.md", "docs/parallelism.md", "benchmarks/README.md"]
-)
+@pytest.mark.parametrize("page", [*DOCUMENTS, "docs/data_flow.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     missing = [target for target in targets if "://" not in target and not ((ROOT / page).parent / target).exists()]

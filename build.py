@@ -1,0 +1,207 @@
+"""Puts the parts of a run together, each in one function: the only place where a layout, encoders, a model or a
+checkpointer are built. The trainer, scripts and benchmarks call them.
+"""
+
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint.adapter import from_hf, from_native
+from checkpoint.checkpointer import Checkpointer, Found
+from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
+from checkpoint.exchange import DIFFUSERS_FOLDER, DIFFUSERS_STEM, open_weights
+from checkpoint.lazy import LazyTensor, lazy_all
+from checkpoint.safetensors_file import write_sharded
+from checkpoint.slices import Slices
+from checkpoint.steps import write_folder
+from config.job_config import JobConfig
+from flux.autoencoder import load_autoencoder
+from flux.codec import LatentCodec
+from flux.conditioner import Sharding, build_conditioner, check_tokenizer
+from flux.config import Encoder
+from flux.data.tokenizers import FluxTokenizer
+from flux.encoders import Encoders
+from flux.identify import check_fits
+from flux.model import FluxTransformer, init_weights
+from flux.pipeline_folder import save_pipeline_parts
+from flux.plans import make_plan
+from flux.rules import AUTOENCODER_DIFFUSERS_RULES, LAYOUTS, Rule
+from flux.spec import SPECS, ModelSpec
+from flux.text_files import TensorSource
+from parallel.data_parallel import apply_frozen_fsdp
+from parallel.degrees import resolve_degrees
+from parallel.mesh import Layout, build_layout
+from parallel.parallelize import Techniques, parallelize
+from parallel.shards import copy_full_, local_views
+from training.optimizer import optimizer_tensors
+
+_name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIG_FILE, EXPORT_FOLDER = "config.toml", "export"  # in the run folder
+# In the folder of exports.
+EXPORT_FILE, EMA_EXPORT_FILE = "transformer.safetensors", "transformer_ema.safetensors"
+PIPELINE_FOLDER = "diffusers"
+
+
+def build_run_layout(config: JobConfig, world_size: int) -> Layout:
+    """This process among the others, who must all call it."""
+    training = config.training
+    by_fsdp = training.dtype != training.mixed_precision_param or training.enable_cpu_offload
+    return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
+
+
+def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, layout: Layout) -> Encoders:
+    """The frozen text encoders and autoencoder. T5 is split over all ranks of a copy of the weights."""
+    encoder, device, mesh = config.encoder, layout.device, layout.encoder
+    sharding = None if mesh is None else Sharding(partial(apply_frozen_fsdp, mesh=mesh), copy_full_)
+    dtype = DTYPES[encoder.dtype]
+    autoencoder = load_autoencoder(encoder.autoencoder_path, spec.codec, dtype, device, _name_autoencoder)
+    conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding)
+    check_tokenizer(tokenizer, conditioner)
+    return Encoders(tokenizer, conditioner, LatentCodec(autoencoder, spec.codec), device)
+
+
+def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTransformer:
+    """The transformer on the meta device, parallelized: it has no weights yet."""
+    with torch.device("meta"):
+        model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
+    parallelize(model, make_plan(spec.transformer), layout, choose_techniques(config))
+    return model
+
+
+def choose_techniques(config: JobConfig) -> Techniques:
+    """What the configuration wants to be done to the model."""
+    return Techniques(
+        config.parallelism,
+        config.activation_checkpoint,
+        config.compile,
+        config.quantize,
+        config.model.converters,
+        param_dtype=compute_dtype(config),
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        cpu_offload=config.training.enable_cpu_offload,
+    )
+
+
+def start_weights(
+    config: JobConfig, spec: ModelSpec, model: FluxTransformer, layout: Layout, found: Found | None
+) -> None:
+    """What a run starts from: the weights of initial_load_path, or fresh ones, or room for those of a checkpoint."""
+    if found:
+        make_room(config, model, layout)
+    elif config.checkpoint.initial_load_in_hf:
+        load_weights(config, spec, model, layout)
+    else:
+        draw_weights(config, model, layout)
+
+
+def draw_weights(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
+    """Gives the model of `build_model` fresh weights; a rank never holds more than its part and one whole tensor."""
+    make_room(config, model, layout)
+    assert config.debug.seed is not None, "settle_seed gives a configuration without a seed one"
+    init_weights(model, config.debug.seed, layout.device, copy_full_)
+
+
+def load_weights(config: JobConfig, spec: ModelSpec, model: FluxTransformer, layout: Layout) -> None:
+    """Gives the model of `build_model` the weights of checkpoint.initial_load_path, one whole tensor at a time."""
+    assert config.checkpoint.initial_load_path is not None
+    path = Path(config.checkpoint.initial_load_path)
+    tensors = open_weights(path, LAYOUTS).tensors
+    check_fits(tensors, spec, f"checkpoint.initial_load_path={str(path)!r}")
+    make_room(config, model, layout)
+    for name, parameter in model.named_parameters():
+        copy_full_(parameter, tensors[name].read())
+
+
+def make_room(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
+    """Memory for the weights of the model of `build_model`, without values."""
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else layout.device)
+
+
+def compute_dtype(config: JobConfig) -> torch.dtype:
+    """Number format of the transformer's computation."""
+    training = config.training
+    return DTYPES[training.mixed_precision_param if training.dtype == "float32" else training.dtype]
+
+
+def build_checkpointer(config: JobConfig, folder: Path, layout: Layout) -> Checkpointer:
+    """What saves and finds the checkpoints of a run; without checkpoints, it does neither."""
+    section = config.checkpoint
+    is_used = section.enable or section.initial_load_path is not None
+    group = layout.make_cpu_group(section.timeout_seconds) if is_used else None
+    return Checkpointer(folder / section.folder, section, group)
+
+
+def checkpoint_tensors(
+    model: FluxTransformer, optimizer: torch.optim.Optimizer | None, ema: Mapping[str, Tensor]
+) -> dict[str, Slices]:
+    """This rank's parts of all tensors of a checkpoint, by the names that they have in it. Without copies.
+
+    Args:
+        optimizer: None: its state is left out.
+        ema: average of the weights by their names; may be empty.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in tensors.items()}
+    states = optimizer_tensors(optimizer, names) if optimizer else {}
+    tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in states.items()}
+    tensors |= {EMA_PREFIX + name: tensor for name, tensor in ema.items()}
+    return {name: Slices.of_views(one.shape, one.dtype, local_views(one)) for name, one in tensors.items()}
+
+
+def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
+    """The whole checkpoint that a run starts from, of its own flavor; None: it starts from other weights.
+
+    Raises:
+        ValueError: it cannot be started from.
+        CheckpointError: the run has checkpoints, and none is whole.
+    """
+    found = checkpointer.find()
+    if found:
+        check_fits(found.weights(), SPECS[config.model.flavor], str(found.path))
+        if config.checkpoint.create_seed_checkpoint:
+            raise ValueError(f"checkpoint.create_seed_checkpoint: {found.path} is there already: move it elsewhere")
+    return found
+
+
+def save_pipeline(
+    folder: Path, spec: ModelSpec, encoder: Encoder, test_mode: bool, tensors: Mapping[str, LazyTensor]
+) -> None:
+    """Writes the folder that diffusers' FluxPipeline loads, in which the transformer's weights come last.
+
+    Args:
+        folder: not visible yet; it is whole when this returns.
+        encoder: the [encoder] section of the run.
+        test_mode: its training.test_mode.
+        tensors: of the transformer, under diffusers' names.
+    """
+    metadata = {"format": "pt"}  # diffusers and transformers ask for it
+
+    def write(folder: Path, stem: str, tensors: Mapping[str, TensorSource], rules: Sequence[Rule] | None) -> None:
+        lazy = {name: LazyTensor(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
+        write_sharded(folder, stem, from_native(lazy, rules) if rules else lazy, None, metadata)
+
+    save_pipeline_parts(folder, spec, encoder, test_mode, write, _name_autoencoder)
+    write_sharded(folder / DIFFUSERS_FOLDER, DIFFUSERS_STEM, tensors, None, metadata)
+
+
+def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: Mapping[str, Tensor]) -> None:
+    """Writes the diffusers folder of a run's end, in place of that of an earlier end.
+
+    Args:
+        weights: whole, under the model's own names.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    tensors = from_native(lazy_all(weights), spec.diffusers_rules)
+    test_mode = config.training.test_mode
+    write_folder(folder, lambda hidden: save_pipeline(hidden, spec, config.encoder, test_mode, tensors))
+
+
+def draw_seed(layout: Layout) -> int:
+    """A seed that is the same on all ranks."""
+    return int(layout.from_rank_0("seed", lambda: secrets.randbelow(2**32)))

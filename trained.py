@@ -1,0 +1,142 @@
+"""Opens what a run has left, or anybody's weights, ready to draw with."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from build import CONFIG_FILE, EMA_EXPORT_FILE, EXPORT_FILE, EXPORT_FOLDER, build_encoders
+from checkpoint.dcp import read_train_state
+from checkpoint.exchange import CHECKPOINT_LAYOUT, Weights, open_weights
+from checkpoint.lazy import LazyTensor
+from checkpoint.safetensors_file import read_header_metadata
+from checkpoint.steps import find_steps
+from config.job_config import JobConfig
+from config.parse import load_config
+from config.resume import restore_config
+from flux.config import Model
+from flux.data.tokenizers import build_tokenizer
+from flux.encoders import Encoders
+from flux.identify import check_fits, describe, find_flavor
+from flux.model import FluxTransformer
+from flux.pipeline_folder import is_pipeline, use_pipeline
+from flux.rules import LAYOUTS
+from flux.spec import SPECS, ModelSpec
+from parallel.degrees import Degrees
+from parallel.mesh import Layout, choose_device
+
+# Its encoders are part of the repository; those of every other flavor somebody has to name.
+EMBEDDED_FLAVOR = "flux-tiny"
+
+log = logging.getLogger(__name__)
+
+
+class TrainedRun(NamedTuple):
+    """A trained transformer with its encoders."""
+
+    path: Path  # of the weights
+    step: int  # 0: not known
+    config: JobConfig  # of the run, or the defaults
+    spec: ModelSpec
+    model: FluxTransformer
+    encoders: Encoders
+
+
+class _Opened(NamedTuple):
+    path: Path
+    weights: Weights
+    step: int
+    config: JobConfig | None  # None: nothing there tells
+
+
+def load_run(
+    path: Path, part: str = "model", config_file: Path | None = None, dtype: torch.dtype | None = None
+) -> TrainedRun:
+    """The weights at `path` on this process's device, with the encoders that belong to them.
+
+    Args:
+        path: the folder of a run, of which the latest weights are taken, a checkpoint (step-N), a safetensors file or a
+            diffusers folder.
+        part: "model", or "ema" for their running mean, which runs and checkpoints may have.
+        config_file: names the encoders; None: what the run or the folder itself says.
+        dtype: of the transformer; None: that of the weights.
+
+    Raises:
+        ValueError: nothing of the kind, damaged, or without encoders that are known.
+    """
+    given = None if config_file is None else load_config([f"--job.config_file={config_file}"], quiet=True)
+    opened = _open_run(path, part) if (path / CONFIG_FILE).is_file() else _open(path, part)
+    config = given or opened.config or _find_config(opened)
+    spec = SPECS[config.model.flavor]
+    check_fits(opened.weights.tensors, spec, str(opened.path))
+    device = choose_device()
+    model = _load_model(spec, opened.weights.tensors, dtype, device)
+    tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
+    encoders = build_encoders(config, spec, tokenizer, Layout(Degrees(), device))
+    return TrainedRun(opened.path, opened.step, config, spec, model, encoders)
+
+
+def _open_run(folder: Path, part: str) -> _Opened:
+    """The newest that a run has left: its newest whole checkpoint, or its export unless that is older."""
+    config = load_config([f"--job.config_file={folder / CONFIG_FILE}"], quiet=True)
+    export = folder / EXPORT_FOLDER / (EMA_EXPORT_FILE if part == "ema" else EXPORT_FILE)
+    exported = _read_step(read_header_metadata(export)) if export.is_file() else -1
+    for step, path in sorted(find_steps(folder / config.checkpoint.folder).items(), reverse=True):
+        if step <= exported:
+            break
+        try:
+            return _open(path, part)._replace(config=config)
+        except ValueError as error:
+            log.warning("%s; older weights are drawn with", error)
+    if exported < 0:
+        what = "average of the weights" if part == "ema" else "weights"
+        raise ValueError(
+            f"{folder} holds no {what}, or none that is whole: let the run save first, or name another run"
+        )
+    return _open(export, "model")._replace(config=config)
+
+
+def _open(path: Path, part: str) -> _Opened:
+    weights = open_weights(path, LAYOUTS, part)
+    if weights.layout != CHECKPOINT_LAYOUT:
+        return _Opened(path, weights, _read_step(weights.metadata), None)
+    state = read_train_state(path)
+    config = restore_config(state["config"], str(path)) if "config" in state else None
+    return _Opened(path, weights, _read_step(state), config)
+
+
+def _read_step(state: Mapping[str, Any]) -> int:
+    """0 where nobody has written it, or somebody else something else."""
+    text = str(state.get("step", 0))
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _find_config(opened: _Opened) -> JobConfig:
+    """The defaults, with the encoders that lie beside the weights or in this repository."""
+    path, tensors = opened.path, opened.weights.tensors
+    flavor = find_flavor(tensors)
+    if flavor is None:
+        raise ValueError(f"{path} is none of {', '.join(SPECS)} ({describe(tensors)}): take other weights")
+    defaults = JobConfig(model=Model(flavor=flavor))
+    if is_pipeline(path):
+        return replace(defaults, encoder=use_pipeline(path, SPECS[flavor], defaults.encoder))
+    if flavor != EMBEDDED_FLAVOR:
+        raise ValueError(
+            f"{path} holds a {flavor} without its encoders: name a configuration that has them, such as "
+            f"--config train_configs/{flavor.replace('-', '_')}.toml"
+        )
+    return defaults
+
+
+def _load_model(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, device: torch.device
+) -> FluxTransformer:
+    with torch.device("meta"):
+        model = FluxTransformer(spec.transformer).to(dtype or next(iter(tensors.values())).dtype)
+    model.to_empty(device=device).requires_grad_(False)
+    for name, parameter in model.named_parameters():  # one at a time: the peak is the model itself
+        parameter.copy_(tensors[name].read())
+    return model.eval()
