@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from build import build_model, draw_weights
 from checkpoint.adapter import to_hf
 from config.job_config import JobConfig
 from flux.config import Training
@@ -33,7 +34,6 @@ from parallel.config import ActivationCheckpoint
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
 from runtime.config import Debug
-from train import build_model, draw_weights
 
 Step = Callable[[], Tensor]  # one training step; returns the prediction
 
