@@ -1,7 +1,9 @@
-"""An exponential moving average of the weights (arXiv 2006.11239, appendix B), spread over ranks as the weights are."""
+"""An exponential moving average of the weights (arXiv 2006.11239, appendix B), spread over ranks as the weights are.
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+torch's AveragedModel copies the module, and averages bfloat16 weights in bfloat16, in which small moves are lost.
+"""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ def build_ema(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     averages: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        average = _copy(_local(parameter), torch.float32)
+        local = _local(parameter)
+        average = torch.empty(local.shape, dtype=torch.float32, device=local.device).copy_(local)
         if isinstance(parameter, DTensor):
             mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
             average = DTensor.from_local(
@@ -44,39 +47,5 @@ def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], deca
         _local(ema[name]).lerp_(_local(parameter).to(torch.float32), moved)
 
 
-@contextmanager
-def ema_weights(
-    ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], on_change: Callable[[], object]
-) -> Iterator[None]:
-    """Inside, the model holds the averages; afterwards its own weights again, bit for bit.
-
-    Costs this rank's part of the weights once more.
-
-    Args:
-        on_change: called each time the weights have changed: frees copies of them and computes anew what follows from
-            them (whole weights that were gathered, float8 scales).
-    """
-    own = {name: _copy(_local(parameter), parameter.dtype) for name, parameter in parameters.items()}
-    try:
-        _put(ema, parameters)
-        on_change()
-        yield
-    finally:
-        _put(own, parameters)
-        on_change()
-
-
-@torch.no_grad()
-def _put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        _local(parameter).copy_(_local(values[name]))
-
-
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A plain copy on the same device, also of a subclass."""
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)

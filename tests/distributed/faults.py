@@ -6,11 +6,11 @@ Each function breaks one thing in the process that calls it.
 import os
 from dataclasses import replace
 
+import build
 import flux.data.loader
 import flux.model
 import parallel.context_parallel
 import parallel.parallelize
-import train
 from flux.rng import keyed_generator
 
 
@@ -55,8 +55,8 @@ def keys_of_this_rank_only() -> None:
 
 def rows_split_in_one_piece() -> None:
     """Tensor parallel takes packed queries, keys and values for one matrix."""
-    plain = train.make_plan
-    train.make_plan = lambda config: replace(plain(config), column=dict.fromkeys(plain(config).column, 1))
+    plain = build.make_plan
+    build.make_plan = lambda config: replace(plain(config), column=dict.fromkeys(plain(config).column, 1))
 
 
 def gradients_are_means() -> None:
