@@ -63,8 +63,7 @@ def straight(tmp_path_factory) -> Run:
     return Run(folder)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "mode"), [(signal.SIGKILL, "disabled"), (signal.SIGTERM, "async")])
 def test_the_same_command_again_after_a_stop(straight, tmp_path, number, mode):
     options = (*SAVING, f"--checkpoint.async_mode={mode}")
     code, told = Command(tmp_path, *options).stop(tmp_path / "checkpoint" / ".unfinished-step-6", number)

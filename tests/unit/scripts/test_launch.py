@@ -109,6 +109,7 @@ class Stage:
 def stage(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logging.root.manager.disable
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
     yield Stage(monkeypatch)
     logging.disable(level)
     for number, handler in handlers.items():
