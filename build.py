@@ -15,7 +15,7 @@ from checkpoint.adapter import from_hf, from_native
 from checkpoint.checkpointer import Checkpointer, Found
 from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
 from checkpoint.exchange import DIFFUSERS_FOLDER, DIFFUSERS_STEM, open_weights
-from checkpoint.lazy import LazyTensor, lazy_all
+from checkpoint.lazy import LazyTensor
 from checkpoint.safetensors_file import write_sharded
 from checkpoint.slices import Slices
 from checkpoint.steps import write_folder
@@ -37,7 +37,7 @@ from parallel.data_parallel import apply_frozen_fsdp
 from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
-from parallel.shards import copy_full_, local_views
+from parallel.shards import copy_full_, is_savers, local_views
 from training.optimizer import optimizer_tensors
 
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
@@ -138,20 +138,24 @@ def build_checkpointer(config: JobConfig, folder: Path, layout: Layout) -> Check
 
 
 def checkpoint_tensors(
-    model: FluxTransformer, optimizer: torch.optim.Optimizer | None, ema: Mapping[str, Tensor]
+    model: FluxTransformer, optimizer: torch.optim.Optimizer | None, ema: Mapping[str, Tensor], to_save: bool
 ) -> dict[str, Slices]:
     """This rank's parts of all tensors of a checkpoint, by the names that they have in it. Without copies.
 
     Args:
         optimizer: None: its state is left out.
         ema: average of the weights by their names; may be empty.
+        to_save: leave to other ranks what they save of the parts that several hold.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     names = {parameter: name for name, parameter in tensors.items()}
     states = optimizer_tensors(optimizer, names) if optimizer else {}
     tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in states.items()}
     tensors |= {EMA_PREFIX + name: tensor for name, tensor in ema.items()}
-    return {name: Slices.of_views(one.shape, one.dtype, local_views(one)) for name, one in tensors.items()}
+    return {
+        name: Slices.of_views(one.shape, one.dtype, local_views(one) if not to_save or is_savers(one, name) else [])
+        for name, one in tensors.items()
+    }
 
 
 def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
@@ -164,8 +168,11 @@ def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
     found = checkpointer.find()
     if found:
         check_fits(found.weights(), SPECS[config.model.flavor], str(found.path))
-        if config.checkpoint.create_seed_checkpoint:
-            raise ValueError(f"checkpoint.create_seed_checkpoint: {found.path} is there already: move it elsewhere")
+        if config.checkpoint.create_seed_checkpoint and found.train_state:
+            raise ValueError(
+                f"checkpoint.create_seed_checkpoint saves a start, and this run goes on from {found.path}: "
+                "leave it out, or choose another job.dump_folder"
+            )
     return found
 
 
@@ -190,14 +197,14 @@ def save_pipeline(
     write_sharded(folder / DIFFUSERS_FOLDER, DIFFUSERS_STEM, tensors, None, metadata)
 
 
-def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: Mapping[str, Tensor]) -> None:
+def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: Mapping[str, LazyTensor]) -> None:
     """Writes the diffusers folder of a run's end, in place of that of an earlier end.
 
     Args:
-        weights: whole, under the model's own names.
+        weights: under the model's own names.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    tensors = from_native(lazy_all(weights), spec.diffusers_rules)
+    tensors = from_native(weights, spec.diffusers_rules)
     test_mode = config.training.test_mode
     write_folder(folder, lambda hidden: save_pipeline(hidden, spec, config.encoder, test_mode, tensors))
 

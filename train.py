@@ -39,7 +39,7 @@ from build import (
 )
 from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
-from checkpoint.lazy import lazy_all
+from checkpoint.lazy import cast_all, lazy_all
 from checkpoint.safetensors_file import write_safetensors
 from config.job_config import JobConfig
 from config.parse import load_config
@@ -162,13 +162,13 @@ class FluxTrainer:
             self.ema = build_ema(parameters)  # room for it
         if found:
             optimizer = self.optimizer if found.holds("optimizer") else None
-            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, self.ema))
+            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, self.ema, to_save=False))
         if self.config.ema.enable and not self.ema:
             self.ema = build_ema(parameters)
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
-        train_state = {
+        state = {
             "step": self.step,
             "samples_seen": self.cursor,
             "schedule_step": self.lr_scheduler.last_epoch,
@@ -179,7 +179,7 @@ class FluxTrainer:
             "torch": torch.__version__,
             "config": asdict(self.config),
         }
-        self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema), train_state)
+        self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema, to_save=True), state)
 
     def predict(self, **inputs: Tensor | None) -> Tensor:
         """The transformer's velocity of all tokens, on every rank; for sampling, without gradients."""
@@ -280,23 +280,23 @@ class FluxTrainer:
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
-            weights = self._export(folder / EXPORT_FILE, dict(self.model.named_parameters()))
+            in_hf = folder / PIPELINE_FOLDER if section.last_save_in_hf else None
+            self._export(folder / EXPORT_FILE, dict(self.model.named_parameters()), in_hf)
             if self.ema:
                 self._export(folder / EMA_EXPORT_FILE, self.ema)
-            if section.last_save_in_hf and self.layout.rank == 0:
-                export_pipeline(folder / PIPELINE_FOLDER, self.spec, self.config, weights)
         if self.metrics:
             self.metrics.close()
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
 
-    def _export(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saves one file of whole tensors, and gives them back; on rank 0, the others help."""
-        dtype = DTYPES[self.config.checkpoint.export_dtype]
-        weights = gather_state_dict(tensors, dtype, keep=self.layout.rank == 0)
+    def _export(self, path: Path, tensors: Mapping[str, Tensor], pipeline: Path | None = None) -> None:
+        """Saves one file of whole tensors, and a diffusers folder if one is named; on rank 0, the others help."""
+        whole = lazy_all(gather_state_dict(tensors, keep=self.layout.rank == 0))
         if self.layout.rank == 0:
-            write_safetensors(path, lazy_all(weights), dtype, {"flavor": self.spec.name, "step": str(self.step)})
-        return weights
+            weights = cast_all(whole, DTYPES[self.config.checkpoint.export_dtype])
+            write_safetensors(path, weights, None, {"flavor": self.spec.name, "step": str(self.step)})
+            if pipeline:
+                export_pipeline(pipeline, self.spec, self.config, weights)
 
     @torch.no_grad()
     def validate(self) -> float:

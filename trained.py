@@ -83,7 +83,12 @@ def _open_run(folder: Path, part: str) -> _Opened:
     """The newest that a run has left: its newest whole checkpoint, or its export unless that is older."""
     config = load_config([f"--job.config_file={folder / CONFIG_FILE}"], quiet=True)
     export = folder / EXPORT_FOLDER / (EMA_EXPORT_FILE if part == "ema" else EXPORT_FILE)
-    exported = _read_step(read_header_metadata(export)) if export.is_file() else -1
+    exported = -1
+    if export.is_file():
+        try:
+            exported = _read_step(read_header_metadata(export))
+        except ValueError as error:
+            log.warning("%s; a checkpoint is drawn with", error)
     for step, path in sorted(find_steps(folder / config.checkpoint.folder).items(), reverse=True):
         if step <= exported:
             break

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from build import build_checkpointer, build_run_layout
 from config.parse import load_config
 from train import FluxTrainer
@@ -50,16 +52,23 @@ def measure(trainer: FluxTrainer) -> dict[str, Times]:
     for _ in range(CYCLES):
         for mode in MODES:
             trainer.checkpointer = checkpointers[mode]
-            started = time.perf_counter()
+            started = now(trainer)
             if MODES[mode]:
                 trainer.save()
-            times[mode].stalls.append(time.perf_counter() - started)
+            times[mode].stalls.append(now(trainer) - started)
             for _ in range(STEPS):
-                started = time.perf_counter()
+                started = now(trainer)
                 trainer.train_step(batches)
-                times[mode].steps.append(time.perf_counter() - started)
+                times[mode].steps.append(now(trainer) - started)
             trainer.checkpointer.finish()
     return times
+
+
+def now(trainer: FluxTrainer) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def report(times: dict[str, Times]) -> str:

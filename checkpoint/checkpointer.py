@@ -4,12 +4,10 @@ Saves take place in a thread of their own. Without async_mode training waits for
 a copy in the CPU's memory while training goes on, and the next save waits for the one before.
 """
 
-import itertools
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from checkpoint.compare import check_tensors
+from checkpoint.background import BackgroundSave, Staging
+from checkpoint.compare import check_tensors, part_of
 from checkpoint.config import PARTS, Checkpoint
 from checkpoint.dcp import (
     TRAIN_STATE,
@@ -98,11 +97,11 @@ class Checkpointer:
     def __init__(self, folder: Path, section: Checkpoint, group: ProcessGroup | None):
         self._folder, self._section, self._group = folder, section, group
         self._rank = dist.get_rank(group) if group else 0
-        self._save: _Save | None = None  # the latest
+        self._save: BackgroundSave | None = None  # the latest
         self._failed = 0  # saves in a row
         self._started_anew: frozenset[str] = frozenset()  # parts that the run has not taken over from a checkpoint
         self._last_save = time.monotonic()
-        self._buffers: dict[tuple[str, int], Tensor] = {}  # page-locked memory, used again by every save
+        self._stage = Staging(pinned=section.async_mode == "async_with_pinned_mem")
         self._saves = section.enable and not section.load_only
         if self._saves and self._rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,11 +118,11 @@ class Checkpointer:
             ValueError: load_step or initial_load_path cannot be used, or newer steps are in the way of load_step.
             CheckpointError: the run has checkpoints, and none is whole.
         """
-        own = self._find_own() if self._section.enable else None
-        found = own or self._find_initial()
-        if found and found.train_state:
-            self._started_anew |= found.excluded
-        return found
+        if self._section.enable and (own := self._find_own()):
+            self._started_anew |= own.excluded
+            return own
+        self._started_anew = frozenset(self._section.exclude_from_loading)
+        return self._find_initial()
 
     def _find_own(self) -> Found | None:
         steps = self._agree(list(find_steps(self._folder)))
@@ -158,6 +157,12 @@ class Checkpointer:
         # Only this recipe's checkpoints know what they must be.
         if (path / MANIFEST).exists() and (problems := self._check(path)):
             raise ValueError(f"checkpoint.initial_load_path: {problems[0]}: take another checkpoint")
+        names = list(Found(path, {}, frozenset()).weights())
+        if names and all(name.startswith("model.") for name in names):
+            raise ValueError(
+                f"checkpoint.initial_load_path={str(path)!r} has names that begin with 'model.', as MLPerf's reference "
+                "writes them: take what `python -m scripts.convert_checkpoint --to dcp` makes of it"
+            )
         state = {} if section.initial_load_model_only else read_train_state(path)
         if not state and not section.initial_load_model_only:
             raise ValueError(
@@ -171,6 +176,9 @@ class Checkpointer:
         state = read_train_state(path)
         self._started_anew = frozenset(state.get("started_anew", ()))
         excluded = frozenset(self._section.exclude_from_loading) - self._started_anew
+        if again := self._started_anew & frozenset(self._section.exclude_from_loading):
+            names = ", ".join(sorted(again))
+            log.info("checkpoint.exclude_from_loading: %s started anew before, and is gone on with now", names)
         if "train_state" in excluded and state.get("step"):
             raise ValueError(
                 f"checkpoint.exclude_from_loading=train_state would start at step 0 again, before {path}: do it in "
@@ -200,17 +208,36 @@ class Checkpointer:
             CheckpointError: it could not be looked at, which is another thing.
         """
         world = dist.get_world_size(self._group) if self._group else 1
-        problems, unread = [], ""
-        try:
-            problems = find_problems(path, read_manifest(path), (self._rank, world))
-        except ValueError as error:
-            problems = [str(error)]
-        except OSError as error:
-            unread = f"{path} cannot be read: {error}: nothing was changed, try again"
+        problems, unread = self._look(path, (self._rank, world))
         answers = self._gather((problems, unread))
-        if unread := next((text for _, text in answers if text), ""):
-            raise CheckpointError(unread)
-        return list(dict.fromkeys(problem for part, _ in answers for problem in part))
+        found = list(dict.fromkeys(problem for part, _ in answers for problem in part))
+        unread = next((text for _, text in answers if text), "")
+        if found and not unread:
+            # A file that a process does not see, or sees otherwise, may be whole all the same: the first one looks.
+            again, unread = self._agree(self._look(path, named_in=found) if self._rank == 0 else None)
+            if not (again or unread):
+                unread = f"{found[0]}, but not to another process: is the folder shared by all?"
+        if unread:
+            raise CheckpointError(f"{path} cannot be read: {unread}: nothing was changed, try again")
+        return found
+
+    def _look(
+        self, path: Path, part: tuple[int, int] = (0, 1), named_in: Sequence[str] | None = None
+    ) -> tuple[list[str], str]:
+        """What this process finds wrong with a share of a checkpoint's files, and what it could not look at.
+
+        Args:
+            named_in: only the files that these texts name.
+        """
+        try:
+            entries = read_manifest(path)
+            if named_in is not None:
+                entries = {name: one for name, one in entries.items() if any(str(path / name) in t for t in named_in)}
+            return find_problems(path, entries, part), ""
+        except ValueError as error:
+            return [str(error)], ""
+        except OSError as error:
+            return [], str(error)
 
     def _tell_damage(self, path: Path, problems: list[str]) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -226,7 +253,9 @@ class Checkpointer:
         Raises:
             ValueError: they are not; nothing has been loaded.
         """
-        ignored = found.excluded if found.train_state else frozenset(PARTS)
+        # What this run has none of may always be left behind.
+        unused = frozenset(self._section.exclude_from_loading) - {part_of(name) for name in tensors}
+        ignored = found.excluded | unused if found.train_state else frozenset(PARTS)
         entries = tensor_entries(read_metadata(found.path))
         check_tensors(found.path, entries, tensors, ignored, may_cast=not found.train_state)
         load_checkpoint(found.path, tensors, self._group)
@@ -249,13 +278,20 @@ class Checkpointer:
             CheckpointError: it was the third in a row.
         """
         self._settle()
-        if self._started_anew:
-            train_state = {**train_state, "started_anew": sorted(self._started_anew)}
+        has_ema = any(part_of(name) == "ema" for name in tensors)
+        if started_anew := self._started_anew - (set() if has_ema else {"ema"}):
+            train_state = {**train_state, "started_anew": sorted(started_anew)}
         self._last_save = time.monotonic()
         is_async = self._section.async_mode != "disabled"
-        kept = self._stage(tensors) if is_async else tensors
+        kept: Mapping[str, Slices] | Exception
+        try:
+            kept = self._stage(tensors) if is_async else tensors
+        except Exception as error:  # no memory for the copy: told like any failed save, and on all processes
+            kept = error
         final, group = step_path(self._folder, step), self._group
-        self._save = _Save(step, lambda: save_checkpoint(final, kept, train_state, group, then=self._remove_expired))
+        self._save = BackgroundSave(
+            step, lambda: save_checkpoint(final, kept, train_state, group, then=self._remove_expired)
+        )
         if not is_async:
             self._settle()
 
@@ -279,6 +315,9 @@ class Checkpointer:
         if self._save is not None:
             self._save.wait(CLOSE_SECONDS)
             self.poll()
+            if not self._save.is_done():
+                text = "checkpoint of step %d was not finished within %g s and is given up"
+                log.warning(text, self._save.step, CLOSE_SECONDS)
 
     def _settle(self) -> None:
         """Waits for the latest save and counts it. Here and not in `poll`, where processes could be at other steps."""
@@ -293,7 +332,7 @@ class Checkpointer:
                 f"{self._failed} saves in a row have failed, the last at step {save.step}: {explain(save.error)}"
             )
 
-    def _tell(self, save: "_Save") -> None:
+    def _tell(self, save: BackgroundSave) -> None:
         if save.is_told:
             return
         save.is_told = True
@@ -313,25 +352,6 @@ class Checkpointer:
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
-    def _stage(self, tensors: Mapping[str, Slices]) -> dict[str, Slices]:
-        """Copies in the CPU's memory, which training does not touch."""
-        if self._section.async_mode == "async_with_pinned_mem" and torch.cuda.is_available():
-            staged = {name: slices.copied(self._pinned_copy(name)) for name, slices in tensors.items()}
-            torch.cuda.synchronize()
-            return staged
-        return {name: slices.copied(lambda values: values.to("cpu", copy=True)) for name, slices in tensors.items()}
-
-    def _pinned_copy(self, name: str) -> Callable[[Tensor], Tensor]:
-        places = itertools.count()
-
-        def copy(values: Tensor) -> Tensor:
-            key = (name, next(places))
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            return self._buffers[key].copy_(values, non_blocking=True)
-
-        return copy
-
     def _gather(self, value: Any) -> list[Any]:
         """Every process's value, on all of them."""
         if self._group is None:
@@ -343,31 +363,3 @@ class Checkpointer:
     def _agree(self, value: Any) -> Any:
         """The first process's value, on all of them: what a folder holds is not seen everywhere at the same moment."""
         return self._gather(value)[0]
-
-
-class _Save:
-    """One save, in a thread that does not keep the process alive."""
-
-    def __init__(self, step: int, write: Callable[[], None]):
-        self.step = step
-        self.error: BaseException | None = None
-        self.seconds = 0.0
-        self.is_told = False
-        # Not Thread.join: interrupted by a signal, it takes the thread for ended (Python 3.11).
-        self._ended = threading.Event()
-        threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True).start()
-
-    def _run(self, write: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        try:
-            write()
-        except BaseException as error:
-            self.error = error
-        self.seconds = time.perf_counter() - started
-        self._ended.set()
-
-    def is_done(self) -> bool:
-        return self._ended.is_set()
-
-    def wait(self, seconds: float | None = None) -> None:
-        self._ended.wait(seconds)

@@ -11,6 +11,7 @@ is loaded can run code.
 """
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpoint.compare import part_of
+from checkpoint.errors import CheckpointError
 from checkpoint.lazy import LazyTensor
 from checkpoint.manifest import MANIFEST, FileEntry, find_problems, make_entry, read_manifest, save_manifest, save_text
 from checkpoint.safe_metadata import METADATA, read_metadata
@@ -49,14 +51,16 @@ from checkpoint.steps import discard, publish, unfinished_path
 warnings.filterwarnings("ignore", ".*assuming the intent is to (save|load) in a single process", UserWarning)
 
 TRAIN_STATE = "train_state.json"
+VISIBLE_SECONDS = 60.0  # the longest that NFS keeps what it knows of a folder, unless it is told otherwise
 FORMAT = 1  # of train_state.json and of the tensors' names
 # Beside the weights, which have their own names; as torchtitan saves them.
 OPTIMIZER_PREFIX, EMA_PREFIX = "optimizer.state.", "ema."
+NAMES_OF_PARTS = {"model": "weights", "ema": "average of the weights"}
 
 
 def save_checkpoint(
     final: Path,
-    tensors: Mapping[str, Slices],
+    tensors: Mapping[str, Slices] | Exception,
     train_state: Mapping[str, Any],
     group: ProcessGroup | None,
     then: Callable[[], None] = lambda: None,
@@ -64,15 +68,17 @@ def save_checkpoint(
     """Writes a checkpoint; all processes of `group` must call it. It is visible at `final` when this returns.
 
     Args:
+        tensors: or why this process has none, which then fails the save on all.
         then: called by the first process when the checkpoint is safe.
 
     Raises:
         CheckpointException: DCP's, on all processes, whatever failed on whichever.
     """
     writer = _Writer(final, train_state, then)
-    alone, planner = group is None, _SavePlanner()
+    failure, held = (tensors, {}) if isinstance(tensors, Exception) else (None, dict(tensors))
+    alone, planner = group is None, _SavePlanner(failure)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+        dcp.save(held, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
     except BaseException:
         if alone or dist.get_rank(group) == 0:
             discard(final)  # the disk may be full, and training goes on
@@ -86,6 +92,7 @@ def load_checkpoint(folder: Path, tensors: Mapping[str, Slices], group: ProcessG
 
     Raises:
         ValueError: see `read_metadata`; a tensor is not there, or is none.
+        CheckpointError: the disk does not answer.
     """
     _load(_Reader(folder), tensors, group)
 
@@ -95,6 +102,11 @@ def _load(reader: "_Reader", tensors: Mapping[str, Slices], group: ProcessGroup 
     try:
         dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if ended := next((cause for cause in causes if not isinstance(cause, Exception)), None):
+            raise ended from None  # a signal
+        if any(isinstance(cause, OSError) for cause in causes):
+            raise CheckpointError(f"{reader.path} cannot be read: {explain(error)}: try again") from None
         raise ValueError(f"{reader.path} cannot be loaded: {explain(error)}: take another checkpoint") from None
 
 
@@ -111,26 +123,23 @@ def open_checkpoint(folder: Path, part: str = "model") -> dict[str, LazyTensor]:
 
     Raises:
         ValueError: no checkpoint, a damaged one, or one without that part.
+        CheckpointError: the disk does not answer.
     """
     try:
         problems = find_problems(folder, read_manifest(folder)) if (folder / MANIFEST).is_file() else []
     except OSError as error:
-        problems = [f"{folder} cannot be read: {error}"]
+        raise CheckpointError(f"{folder} cannot be read: {error}: try again") from None
     if problems:
         raise ValueError(f"{problems[0]}: take another checkpoint")
-    prefix = EMA_PREFIX if part == "ema" else ""
     reader = _Reader(folder)
-    names = [name for name in tensor_entries(reader.metadata) if name.startswith(prefix)]
-    if not prefix:
-        names = [name for name in names if is_weight(name)]
-    if not names:
-        raise ValueError(f"{folder} holds no {'average of the weights' if prefix else 'weights'}: take another one")
-    entries = tensor_entries(reader.metadata)
+    entries = {name: entry for name, entry in tensor_entries(reader.metadata).items() if part_of(name) == part}
+    if not entries:
+        raise ValueError(f"{folder} holds no {NAMES_OF_PARTS[part]}: take another one")
     return {
-        name.removeprefix(prefix): LazyTensor(
-            tuple(entries[name].size), entries[name].properties.dtype, partial(_read_tensor, reader, name)
+        name.removeprefix(EMA_PREFIX): LazyTensor(
+            tuple(entry.size), entry.properties.dtype, partial(_read_tensor, reader, name, entry)
         )
-        for name in names
+        for name, entry in entries.items()
     }
 
 
@@ -164,8 +173,7 @@ def is_weight(name: str) -> bool:
     return part_of(name) == "model"
 
 
-def _read_tensor(reader: "_Reader", name: str) -> Tensor:
-    entry = tensor_entries(reader.metadata)[name]
+def _read_tensor(reader: "_Reader", name: str, entry: TensorStorageMetadata) -> Tensor:
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     whole = {name: Slices.of_views(entry.size, tensor.dtype, [((0,) * tensor.ndim, tensor)])}
     _load(reader, whole, None)
@@ -235,9 +243,24 @@ class _Writer(FileSystemWriter):
         for result in (result for written in results for result in written):
             assert isinstance(result, _HashedResult)
             entries[result.file] = result.entry
+        for name, entry in entries.items():
+            _await_file(folder / name, entry.bytes)
         save_manifest(folder, entries)
         publish(self.final)
         self.then()
+
+
+def _await_file(path: Path, size: int) -> None:
+    """Until this process sees what another has written, which a network file system may show a little later.
+
+    Raises:
+        OSError: it is not there.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (path.is_file() and path.stat().st_size == size):
+        if time.monotonic() > deadline:
+            raise OSError(f"{path} was written by another process and is not seen here: is the folder shared by all?")
+        time.sleep(0.1)
 
 
 class _Reader(FileSystemReader):
@@ -252,8 +275,14 @@ class _Reader(FileSystemReader):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    def __init__(self) -> None:
+    def __init__(self, failure: Exception | None):
         super().__init__(flatten_state_dict=False)
+        self.failure = failure
+
+    def create_local_plan(self) -> SavePlan:
+        if self.failure:
+            raise self.failure
+        return super().create_local_plan()
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)

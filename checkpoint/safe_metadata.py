@@ -1,8 +1,10 @@
 """Reads DCP's `.metadata` without running what it says: it is a pickle, and unpickling executes any code in it."""
 
 import pickle
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -12,6 +14,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoint.errors import CheckpointError
 from checkpoint.manifest import is_plain_name
 
 METADATA = ".metadata"
@@ -30,10 +33,40 @@ _ALLOWED = {(module, name) for module, names in _PLACES.items() for name in name
 
 
 class _Unpickler(pickle.Unpickler):
+    """Gives out only what is allowed, and takes back what the pickle has changed in it: a BUILD can set attributes."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.given: dict[type, dict[str, Any]] = {}  # class -> its attributes before
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if isinstance(found, type):
+            self.given.setdefault(found, dict(vars(found)))
+        # A function is given as a copy, so to speak; a dtype bears no attributes.
+        return partial(found) if isinstance(found, FunctionType) else found
+
+    def load(self) -> Any:
+        try:
+            loaded = super().load()
+        finally:
+            changed = [cls for cls, before in self.given.items() if _restore(cls, before)]
+        if changed:
+            raise pickle.UnpicklingError(f"it changes {changed[0].__name__}, which no checkpoint needs")
+        return loaded
+
+
+def _restore(cls: type, before: dict[str, Any]) -> bool:
+    """Puts a class's attributes back. Returns whether they were others."""
+    now = dict(vars(cls))
+    for name in now.keys() - before.keys():
+        delattr(cls, name)
+    for name, value in before.items():
+        if now.get(name) is not value:
+            setattr(cls, name, value)
+    return now != before
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -41,6 +74,7 @@ def read_metadata(folder: Path) -> Metadata:
 
     Raises:
         ValueError: no such file, one that holds anything but the description of tensors, or one that leads elsewhere.
+        CheckpointError: the disk does not answer.
     """
     path = folder / METADATA
     if not path.is_file():
@@ -49,6 +83,8 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()
         problem = _find_problem(metadata, folder)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}: try again") from None
     except Exception as error:  # whatever a broken pickle makes of itself
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:

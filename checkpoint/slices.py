@@ -56,9 +56,6 @@ class Slices:
         views = [(part.offsets, copy(part.values())) for part in self._parts.values()]
         return Slices.of_views(self.shape, self.dtype, views)
 
-    def size(self) -> torch.Size:
-        return self.shape
-
     # What follows is DCP's protocol, torch/distributed/_checkpointable.py.
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:

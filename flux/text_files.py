@@ -146,8 +146,10 @@ def read_config(kind: TextKind, folder: Path) -> PreTrainedConfig:
             f"{kind.key}: {folder} must hold an encoder of model_type {' or '.join(kind.model_types)} "
             f"and its config.json says {found!r}: use another folder, or the known name {kind.remedy}"
         )
+    values = values.get("text_config", values)
     try:
-        return kind.config_class.from_dict(values.get("text_config", values))
+        # A file may ask for attention by the name of a repository, whose code the library would fetch and run.
+        return kind.config_class.from_dict({key: values[key] for key in values if "implementation" not in key})
     except Exception as error:  # whatever the library's validation raises
         raise _invalid_config(kind, folder, error) from error
 

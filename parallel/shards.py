@@ -1,5 +1,6 @@
 """A parameter and the part of it that this rank holds, whatever axes of the mesh it is spread over."""
 
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -75,6 +76,21 @@ def local_views(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     return [(offsets, view) for offsets, view in views if view.numel()]
 
 
+def is_savers(tensor: Tensor, name: str) -> bool:
+    """Whether this rank is the one that saves its part of a tensor, of all that hold the same part.
+
+    Names spread the work over the copies; a tensor that is not spread over a mesh is everybody's.
+    """
+    if not isinstance(tensor, DTensor):
+        return True
+    copy, copies = 0, 1
+    for axis, placement in enumerate(tensor.placements):
+        if split_dim(placement) is None:
+            size = tensor.device_mesh.size(axis)
+            copy, copies = copy * size + tensor.device_mesh.get_local_rank(axis), copies * size
+    return zlib.crc32(name.encode()) % copies == copy
+
+
 def _plain(local: Tensor) -> Tensor:
     """A weight that float8 gathers in 8 bits is wrapped by torchao; the values are inside."""
     return getattr(local, "_tensor", local)
@@ -116,7 +132,7 @@ def _take(full: Tensor, dim: int, pieces: int, count: int, index: int) -> Tensor
     return parts[index] if index < len(parts) else full.narrow(dim, full.shape[dim], 0)
 
 
-def gather_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+def gather_state_dict(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """All tensors whole, in the CPU's memory, on ranks that `keep` them; the others only help and get nothing.
 
     One tensor at a time is whole on the device. All ranks must call it.
@@ -125,5 +141,5 @@ def gather_state_dict(tensors: Mapping[str, Tensor], dtype: torch.dtype, keep: b
     for name, tensor in tensors.items():
         whole = full_tensor(tensor)
         if keep:
-            kept[name] = whole.to("cpu", dtype)
+            kept[name] = whole.cpu()
     return kept

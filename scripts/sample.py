@@ -6,7 +6,8 @@
 
 Weights are the folder of a run (the newest that it has left), a checkpoint, a safetensors file of this recipe or of
 Black Forest Labs, or a diffusers folder. What the command line does not say, [inference], [validation] and [training]
-of the run's configuration do. Under torchrun every process holds the whole model and draws its share of the prompts.
+of the run's configuration do; weights without one are drawn with the defaults, or as --config FILE says. Under
+torchrun every process holds the whole model and draws its share of the prompts.
 """
 
 import argparse
@@ -14,15 +15,17 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from build import DTYPES
+from config.job_config import JobConfig
 from flux.config import Inference
 from flux.pictures import make_images
 from flux.prompts import load_prompts
 from flux.sampling import draw_pictures
-from flux.spec import PIXELS_PER_TOKEN
+from flux.spec import PIXELS_PER_TOKEN, ModelSpec
 from parallel.degrees import read_ranks
 from runtime.exit_record import recorded_exit
 from runtime.log import setup_logging
@@ -41,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take the average of the weights that a run or a checkpoint holds beside them",
     )
-    add("--config", type=Path, metavar="FILE", help="configuration that names the encoders (that of the run)")
+    add("--config", type=Path, metavar="FILE", help="configuration with encoders and settings (that of the run)")
     add("--dtype", choices=tuple(DTYPES), help="number format of the transformer (as in the weights)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", nargs="+", metavar="TEXT", help="one picture is drawn per prompt")
@@ -94,38 +97,66 @@ def configured_prompts(section: Inference) -> list[str]:
     return load_prompts(section.prompts_path, "inference.prompts_path")
 
 
-def draw_share(arguments: argparse.Namespace, run: TrainedRun, prompts: list[str], rank: int, world_size: int) -> None:
+class Settings(NamedTuple):
+    """How pictures are drawn: as the command line says, else the configuration."""
+
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    cfg_scale: float
+    batch_size: int
+
+    def describe(self, spec: ModelSpec) -> str:
+        guidance = f", guidance {self.guidance:g}" if spec.transformer.guidance_embed else ""
+        return f"{self.width} x {self.height} px, {self.steps} steps, cfg {self.cfg_scale:g}{guidance}"
+
+
+def choose_settings(arguments: argparse.Namespace, config: JobConfig) -> Settings:
+    inference, validation, training = config.inference, config.validation, config.training
+    side = training.img_size if inference.img_size == -1 else inference.img_size
+    return Settings(
+        height=arguments.height or side,
+        width=arguments.width or side,
+        steps=arguments.steps or validation.denoising_steps,
+        guidance=training.guidance if arguments.guidance is None else arguments.guidance,
+        cfg_scale=validation.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
+        batch_size=arguments.batch_size or inference.local_batch_size,
+    )
+
+
+def choose_folder(arguments: argparse.Namespace, inference: Inference) -> Path:
+    """Raises ValueError if somebody's checkpoint would choose a place that the user has not."""
+    out = arguments.out or Path(inference.save_img_folder)
+    if not (arguments.out or arguments.config) and (out.is_absolute() or ".." in out.parts):
+        raise ValueError(
+            f"inference.save_img_folder={str(out)!r} of {arguments.checkpoint} leads elsewhere: give --out"
+        )
+    return out
+
+
+def draw_share(
+    run: TrainedRun, settings: Settings, prompts: list[str], seed: int, out: Path, rank: int, world_size: int
+) -> None:
     """Draws every `world_size`-th prompt and saves it under its number among all of them."""
-    inference, validation, training = run.config.inference, run.config.validation, run.config.training
     mine = range(len(prompts))[rank::world_size]
     if not mine:
         return
-    side = training.img_size if inference.img_size == -1 else inference.img_size
-    steps, batch_size = (
-        arguments.steps or validation.denoising_steps,
-        arguments.batch_size or inference.local_batch_size,
-    )
-    total = -(-len(mine) // batch_size) * steps
+    total = -(-len(mine) // settings.batch_size) * settings.steps
     with tqdm(total=total, desc="drawing", unit="step", disable=True if rank else None) as bar:
         pixels_BCHW = draw_pictures(
             run.model,
             run.spec,
             run.encoders,
             [prompts[number] for number in mine],
-            seeds=[arguments.seed + number for number in mine],
-            height=arguments.height or side,
-            width=arguments.width or side,
-            steps=steps,
-            guidance=training.guidance if arguments.guidance is None else arguments.guidance,
-            cfg_scale=validation.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale,
-            batch_size=batch_size,
+            seeds=[seed + number for number in mine],
+            **settings._asdict(),
             dtype=next(run.model.parameters()).dtype,
             on_step=lambda done: bar.update(done - bar.n),
         )
-    out = arguments.out or Path(inference.save_img_folder)
     out.mkdir(parents=True, exist_ok=True)
     for number, image in zip(mine, make_images(pixels_BCHW), strict=True):
-        path = out / f"{number:03d}-seed{arguments.seed + number}.png"
+        path = out / f"{number:03d}-seed{seed + number}.png"
         image.save(path)
         print(f"{path}  {prompts[number]}", flush=True)
 
@@ -141,9 +172,11 @@ def main(argv: list[str], rank: int = 0, world_size: int = 1) -> None:
             f"--guidance={arguments.guidance:g} has no effect, {run.spec.name} embeds none: use --cfg-scale"
         )
     prompts = prompts or configured_prompts(run.config.inference)
+    settings, out = choose_settings(arguments, run.config), choose_folder(arguments, run.config.inference)
     if rank == 0:
-        print(f"{run.path}: {run.spec.name}" + (f" after {run.step} steps" if run.step else ""), flush=True)
-    draw_share(arguments, run, prompts, rank, world_size)
+        after = f" after {run.step} steps" if run.step else ""
+        print(f"{run.path}: {run.spec.name}{after}, {settings.describe(run.spec)}", flush=True)
+    draw_share(run, settings, prompts, arguments.seed, out, rank, world_size)
 
 
 if __name__ == "__main__":

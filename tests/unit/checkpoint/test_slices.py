@@ -74,4 +74,4 @@ def test_copies_do_not_follow():
     tensor.zero_()
     for at, part in copies._parts.items():
         assert torch.equal(part.values(), FULL[at[0] : at[0] + part.sizes[0]])
-    assert copies.size() == FULL.shape
+    assert copies.shape == FULL.shape
