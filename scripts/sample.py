@@ -129,9 +129,7 @@ def choose_folder(arguments: argparse.Namespace, inference: Inference) -> Path:
     """Raises ValueError if somebody's checkpoint would choose a place that the user has not."""
     out = arguments.out or Path(inference.save_img_folder)
     if not (arguments.out or arguments.config) and (out.is_absolute() or ".." in out.parts):
-        raise ValueError(
-            f"inference.save_img_folder={str(out)!r} of {arguments.checkpoint} leads elsewhere: give --out"
-        )
+        raise ValueError(f"inference.save_img_folder={str(out)!r} of {arguments.checkpoint} leads away: give --out")
     return out
 
 
@@ -175,7 +173,7 @@ def main(argv: list[str], rank: int = 0, world_size: int = 1) -> None:
     settings, out = choose_settings(arguments, run.config), choose_folder(arguments, run.config.inference)
     if rank == 0:
         after = f" after {run.step} steps" if run.step else ""
-        print(f"{run.path}: {run.spec.name}{after}, {settings.describe(run.spec)}", flush=True)
+        print(f"{run.path}: {run.spec.name}{after}\n{settings.describe(run.spec)}", flush=True)
     draw_share(run, settings, prompts, arguments.seed, out, rank, world_size)
 
 

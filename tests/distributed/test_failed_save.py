@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from checkpoint.manifest import read_manifest
 from checkpoint.steps import find_steps
 from tests.distributed.ranks import run_ranks
-from tests.unit.checkpoint.saves import wrong_tensors
+from tests.unit.checkpoint.saves import save_steps, wrong_tensors
 
 WORLD = 2
 FULL = 512  # bytes a file may have on a disk that is full: less than any shard, more than what gloo writes
@@ -110,6 +111,74 @@ def test_a_run_whose_last_save_fails_does_not_end_as_if_it_were_safe(tmp_path, m
     for result in run_ranks(train, WORLD, str(tmp_path / "checkpoint"), mode, 2, {3: [0]}):
         assert "the last checkpoint could not be saved" in result["stopped"]
         assert result["visible"] == {1: []}
+
+
+def save_apart(rank: int, world: int, folder: str, is_shared: bool) -> tuple[bool, str]:
+    """Each rank has a disk of its own under the same name. Returns whether the checkpoint is there, and the error."""
+    import torch.distributed as dist
+
+    import checkpoint.dcp
+    from checkpoint.checkpointer import Checkpointer
+    from checkpoint.config import Checkpoint
+    from checkpoint.dcp import explain
+    from tests.unit.checkpoint.saves import save
+
+    checkpoint.dcp.VISIBLE_SECONDS = 0.3
+    mine = Path(folder) / ("shared" if is_shared else f"of-{rank}")
+    checkpointer = Checkpointer(mine, Checkpoint(enable=True, async_mode="async"), dist.new_group())
+    save(checkpointer, 1, rank, world)
+    checkpointer._save.wait()
+    error = checkpointer._save.error
+    return bool(find_steps(mine)), explain(error) if error else ""
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_folder_that_is_not_shared_is_told(tmp_path, is_shared):
+    """All have written all, but nowhere is it together: it would be called whole, and never load."""
+    for is_there, error in run_ranks(save_apart, WORLD, str(tmp_path), is_shared):
+        assert is_there == is_shared
+        assert ("__1_0.distcp was written by another process and is not seen here" in error) != is_shared
+
+
+def look(rank: int, world: int, folder: str, blind: bool) -> tuple[str, list[str]]:
+    """The second rank does not see a file that is there. Returns what `find` says and what is in the folder then."""
+    import torch.distributed as dist
+
+    import checkpoint.manifest
+    from checkpoint.checkpointer import Checkpointer
+    from checkpoint.config import Checkpoint
+    from checkpoint.errors import CheckpointError
+
+    def miss(path: Path) -> Path:
+        raise FileNotFoundError(path)
+
+    checkpointer = Checkpointer(Path(folder), Checkpoint(enable=True), dist.new_group())
+    if blind and rank == 1:
+        checkpoint.manifest._plain_file = miss
+    try:
+        found = checkpointer.find()
+        told = found.path.name if found else "nothing"
+    except CheckpointError as error:
+        told = str(error)
+    dist.barrier()
+    return told, sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_file_that_one_rank_does_not_see_is_no_damage(tmp_path, blind):
+    save_steps(tmp_path, 1, 2)
+    for told, names in run_ranks(look, WORLD, str(tmp_path), blind):
+        assert told == "step-2" if not blind else "is the folder shared by all?: nothing was changed" in told
+        assert names == ["step-1", "step-2"]
+
+
+def test_damage_that_only_the_second_rank_looks_at_is_damage(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    second = sorted(read_manifest(tmp_path / "step-2"))[1]
+    path = tmp_path / "step-2" / second
+    path.write_bytes(path.read_bytes()[:-1])
+    for told, names in run_ranks(look, WORLD, str(tmp_path), False):
+        assert told == "step-1" and names == ["damaged-step-2", "step-1"]
 
 
 def record_calls(rank: int, world: int, folder: str) -> list[tuple[int, str, str]]:

@@ -148,6 +148,25 @@ def test_an_old_export_does_not_hide_a_newer_checkpoint(saved_run, sources, tmp_
     assert "step-4: flux-tiny after 4 steps" in capsys.readouterr().out
 
 
+def test_a_damaged_export_does_not_hide_a_whole_checkpoint(saved_run, tmp_path, capsys):
+    folder = shutil.copytree(saved_run.folder, tmp_path / "copy")
+    (folder / "export/transformer.safetensors").write_bytes(b"torn")
+    draw_from(folder, tmp_path / "out")
+    assert "step-4: flux-tiny after 4 steps\n32 x 32 px, 2 steps, cfg 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("away", ["/tmp/elsewhere", "../elsewhere"])
+def test_a_checkpoint_does_not_choose_a_place_outside(step_2, tmp_path, away):
+    """It may be somebody else's."""
+    folder = shutil.copytree(step_2, tmp_path / "step-2")
+    state = json.loads((folder / "train_state.json").read_text())
+    state["config"]["inference"]["save_img_folder"] = away
+    (folder / "train_state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"inference\.save_img_folder=.* leads away: give --out"):
+        sample.main([f"--checkpoint={folder}", "--prompts", PROMPTS[0]])
+
+
 def test_average_of_the_weights(saved_run, step_2, tmp_path):
     average = draw_from(step_2, tmp_path / "average", "--ema")
     assert average != draw_from(step_2, tmp_path / "weights")
@@ -187,7 +206,7 @@ def test_processes_share_the_prompts(step_2, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(line.rpartition("  ")[2] for line in done.stdout.splitlines()[1:]) == sorted(prompts)
+    assert sorted(line.rpartition("  ")[2] for line in done.stdout.splitlines()[2:]) == sorted(prompts)
     sample.main([*options, f"--out={tmp_path / 'one'}"])
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(names) == 3

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import zipfile
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from checkpoint.manifest import MANIFEST, FileEntry, make_entry, read_manifest, 
 from checkpoint.safe_metadata import METADATA, read_metadata
 from checkpoint.safetensors_file import open_indexed, open_safetensors
 from flux.conditioner import load_clip, load_t5
+from flux.huggingface import CLIPTextConfig, T5Config
 from flux.spec import SPECS
 from flux.text_folders import TINY_CLIP, TINY_T5
 from tests.unit.checkpoint.saves import build, make_zeros, save_steps, share
@@ -136,6 +137,24 @@ def test_code_by_a_name_that_walks_on_from_an_allowed_module(step, proof, module
     if module not in ("torch.distributed.checkpoint.metadata",):  # it imports no os; the others do
         check_control(proof, lambda: pickle.loads(payload))
     check_refused(proof, rf"it asks for {module}\.os\.system", *readers(step))
+
+
+def test_metadata_that_changes_the_classes_it_names(step, tmp_path):
+    """A pickle's BUILD sets attributes of what is given out, and a class is: no link would be seen any more."""
+    blind = b"\x80\x04cpathlib\nPosixPath\nN}X\x0a\x00\x00\x00is_symlinkctorch\nSize\ns\x86b0"
+    (step / METADATA).write_bytes(blind + (step / METADATA).read_bytes())
+    shutil.move(step / SHARD, tmp_path / "elsewhere")
+    (step / SHARD).symlink_to(tmp_path / "elsewhere")
+    forge_manifest(step)
+    pickle.loads(blind + b"N.")
+    try:
+        assert not (step / SHARD).is_symlink()  # control: read in the ordinary way, it does what it is for
+    finally:
+        del PosixPath.is_symlink
+    assert (step / SHARD).is_symlink()
+    check_refused(step / "no-trace", "it changes PosixPath, which no checkpoint needs", lambda: read_metadata(step))
+    check_refused(step / "no-trace", "links are not followed", lambda: open_checkpoint(step))
+    assert "is_symlink" not in vars(PosixPath) and (step / SHARD).is_symlink()
 
 
 def dcp_item(value: object) -> bytes:
@@ -280,6 +299,20 @@ def test_a_text_encoder_in_a_format_that_runs_code(tmp_path, proof, kind):
     check_control(proof, lambda: torch.load(folder / "pytorch_model.bin", weights_only=False))
     spec = SPECS["flux-tiny"].transformer
     check_refused(proof, "safetensors", lambda: load(folder, spec, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_text_encoder_that_asks_for_somebodys_attention(tmp_path, monkeypatch, kind, key):
+    """The library takes such a name for a repository, and fetches and runs the code in it."""
+    source, load = (TINY_T5.weights, load_t5) if kind == "t5" else (TINY_CLIP.weights, load_clip)
+    folder = shutil.copytree(source, tmp_path / kind)
+    values = json.loads((folder / "config.json").read_text()) | {key: "somebody/kernel"}
+    (folder / "config.json").write_text(json.dumps(values))
+    config_class = T5Config if kind == "t5" else CLIPTextConfig
+    assert config_class.from_dict(values)._attn_implementation == "somebody/kernel"  # control
+    model = load(folder, SPECS["flux-tiny"].transformer, torch.float32, "cpu")
+    assert model.config._attn_implementation in ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("name", ["flux.pt", "flux.bin", "flux.ckpt", "flux.pth", "flux.safetensors"])

@@ -17,12 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import checkpoint.checkpointer as checkpointer_module
 import checkpoint.dcp
+import checkpoint.safe_metadata
 import checkpoint.steps
 from checkpoint.checkpointer import Checkpointer, Found
 from checkpoint.config import Checkpoint
 from checkpoint.dcp import read_train_state
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import find_problems, read_manifest
+from checkpoint.slices import Slices
 from checkpoint.steps import find_steps
 from tests.unit.checkpoint.saves import SHAPES, build, make_values, make_zeros, save, save_steps, share, wrong_tensors
 
@@ -228,6 +230,38 @@ def test_parts_that_are_left_out(tmp_path, part):
     assert again.find().holds(part) is True and again.find().step == 9
 
 
+@pytest.mark.parametrize("start", ["fresh weights", "weights of another run"])
+def test_what_a_new_run_has_not_taken_over_is_its_own_later(tmp_path, start):
+    save_steps(tmp_path / "old", 5)
+    from_elsewhere = {"initial_load_path": str(tmp_path / "old" / "step-5")} if start != "fresh weights" else {}
+    keys = {**from_elsewhere, "exclude_from_loading": ["optimizer", "dataloader"]}
+    run = build(tmp_path / "new", **keys)
+    assert (run.find() is None) == (start == "fresh weights")
+    save(run, 9)
+    found = build(tmp_path / "new", **keys).find()
+    assert found.holds("optimizer") and (found.step, found.samples_seen) == (9, 90)
+
+
+def test_an_average_that_comes_and_goes(tmp_path, caplog):
+    """Each time, the command that starts it anew or leaves it behind may be given again after a stop."""
+    step = 0
+    for has_average in (False, True, False, True):
+        for _ in range(2):
+            tensors = {name: tensor for name, tensor in make_zeros().items() if has_average or name[:4] != "ema."}
+            run = build(tmp_path, exclude_from_loading=["ema"])
+            if (found := run.find()) and not found.holds("ema"):
+                run.load(found, share({name: tensor for name, tensor in tensors.items() if name[:4] != "ema."}))
+            elif found:
+                run.load(found, share(tensors))
+            step += 1
+            kept = {name: values for name, values in make_values(step).items() if name in tensors}
+            run.save(step, share(kept), {"step": step})
+        assert found.step == step - 1 and (found.holds("ema") or not has_average)
+    with caplog.at_level(logging.INFO, "checkpoint"):
+        build(tmp_path, exclude_from_loading=["ema"]).find()
+    assert "exclude_from_loading: ema started anew before, and is gone on with now" in caplog.text
+
+
 def test_the_step_cannot_start_anew_where_newer_ones_are(tmp_path):
     save_steps(tmp_path, 6)
     with pytest.raises(ValueError, match="would start at step 0 again"):
@@ -242,6 +276,76 @@ def test_nothing_is_loaded_where_something_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.bias of shape \[1, 7\]"):
         checkpointer.load(found, share(tensors))
     assert not any(tensor.any() for tensor in tensors.values())
+
+
+def test_names_of_another_recipe_are_told_how_to_convert(tmp_path):
+    values = {f"model.{name}": values for name, values in make_values(5).items() if name.startswith("layers")}
+    other = build(tmp_path / "old")
+    other.save(5, share(values), {"step": 5})
+    with pytest.raises(ValueError, match=r"begin with 'model\.'.*scripts\.convert_checkpoint --to dcp"):
+        build(tmp_path / "new", initial_load_path=str(tmp_path / "old" / "step-5")).find()
+
+
+class Ended(BaseException):
+    """What a signal raises."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "told"),
+    [
+        (Ended("now"), Ended, "now"),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError, "step-5 cannot be read: .*Input/output error: try"),
+        (RuntimeError("nonsense"), ValueError, "step-5 cannot be loaded: .*nonsense: take another checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_ends_a_load_is_told_as_what_it_is(tmp_path, monkeypatch, failure, raised, told):
+    """By the exit code a job script decides whether to start again: a signal or a disk is no wrong configuration."""
+    save_steps(tmp_path, 5)
+
+    def fail(*args):
+        raise failure
+
+    checkpointer = build(tmp_path)
+    found = checkpointer.find()
+    monkeypatch.setattr(checkpoint.dcp._LoadPlanner, "create_local_plan", fail)
+    with pytest.raises(raised, match=told):
+        checkpointer.load(found, share(make_zeros()))
+
+
+def test_a_description_that_the_disk_does_not_give_is_no_damage(tmp_path, monkeypatch):
+    save_steps(tmp_path, 5)
+
+    def fail(file):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint.safe_metadata, "_Unpickler", fail)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: .*Stale file handle: try again"):
+        checkpoint.safe_metadata.read_metadata(tmp_path / "step-5")
+
+
+def test_no_memory_for_a_copy_is_a_failed_save(tmp_path, monkeypatch, caplog):
+    checkpointer = build(tmp_path, async_mode="async")
+    with monkeypatch.context() as patch:
+        patch.setattr(Slices, "copied", lambda self, copy: (_ for _ in ()).throw(MemoryError("no room")))
+        save(checkpointer, 1)
+        checkpointer._save.wait()
+    save(checkpointer, 2)
+    checkpointer.finish()
+    assert "checkpoint of step 1 FAILED: rank 0: MemoryError: no room" in caplog.text
+    assert list(find_steps(tmp_path)) == [2] and wrong_tensors(tmp_path / "step-2", 2) == []
+
+
+def test_a_save_that_is_given_up_at_the_end_is_told(tmp_path, monkeypatch, caplog):
+    goes_on = threading.Event()
+    monkeypatch.setattr(checkpointer_module, "save_checkpoint", lambda *args, **kwargs: goes_on.wait(10))
+    monkeypatch.setattr(checkpointer_module, "CLOSE_SECONDS", 0.05)
+    checkpointer = build(tmp_path, async_mode="async")
+    save(checkpointer, 1)
+    checkpointer.close()
+    goes_on.set()
+    assert "checkpoint of step 1 was not finished within 0.05 s and is given up" in caplog.text
 
 
 def test_a_checkpoint_of_a_newer_recipe_is_refused(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from parallel.shards import copy_full_, full_tensor, local_bytes, local_views
+from parallel.shards import copy_full_, full_tensor, is_savers, local_bytes, local_views
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, Layers, build_layers, make_full, world_size
 
@@ -123,6 +123,29 @@ def test_all_ranks_views_make_the_tensor_exactly_once(layout):
     if layout == "fsdp_3":
         assert [len(rank["whole.weight"]) for rank in ranks] == [1, 0, 0]  # nothing to hold, nothing to save
         assert [rank["columns.weight"][0][1].shape[0] for rank in ranks] == [2, 2, 1]
+
+
+def view_savers(rank: int, world: int, layout: str) -> dict[str, list[tuple]]:
+    layers = build_layers(layout)
+    named = layers.named_parameters()
+    return {name: [offsets for offsets, _ in local_views(p)] if is_savers(p, name) else [] for name, p in named}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_part_is_saved_by_one_copy_and_all_have_work(layout):
+    held, saved = (run_ranks(function, world_size(layout), layout) for function in (view_layers, view_savers))
+    for name in held[0]:
+        parts = {offsets for rank in held for offsets, _ in rank[name]}
+        saves = [offsets for rank in saved for offsets in rank[name]]
+        assert set(saves) == parts, name
+        if "tp" not in layout:  # whose ranks do not know of each other where a parameter stays whole
+            assert len(saves) == len(parts), name
+    assert all(any(rank.values()) for rank in saved)
+    assert "copies" not in layout or sum(map(count, saved)) < sum(map(count, held))
+
+
+def count(parts: dict[str, list]) -> int:
+    return sum(len(offsets) for offsets in parts.values())
 
 
 def view_placements(rank: int, world: int) -> list[Boxes]:
