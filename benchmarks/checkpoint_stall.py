@@ -8,6 +8,7 @@ the machine disturbs all. The stall is how long training stands still in the cal
 training costs shows in the steps after it. Options are those of train.py.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -85,6 +86,13 @@ def report(times: dict[str, Times]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint_stall",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the options are the configuration's
+    )
+    _, argv = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         config = load_config([*DEFAULTS, *argv, f"--job.dump_folder={folder}"], 1)
         trainer = FluxTrainer(config, Path(folder), build_run_layout(config, 1))
