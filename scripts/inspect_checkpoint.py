@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoint.compare import part_of
 from checkpoint.config import PARTS
 from checkpoint.dcp import TRAIN_STATE, read_train_state, tensor_entries
+from checkpoint.errors import CheckpointError
 from checkpoint.manifest import MANIFEST, FileEntry, find_problems, read_manifest
 from checkpoint.safe_metadata import METADATA, read_metadata
 from checkpoint.steps import find_steps
@@ -75,7 +76,7 @@ class Contents:
     def _read(self, read: Callable[[Path], T]) -> T | None:
         try:
             return read(self.path)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, CheckpointError) as error:
             self.problems.append(str(error))
             return None
 

@@ -1,5 +1,6 @@
 """What a checkpoint holds and whether it is whole, told from outside."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint.safe_metadata
 from checkpoint.dcp import save_checkpoint
 from checkpoint.slices import Slices
 from scripts.inspect_checkpoint import main
@@ -129,6 +131,16 @@ def test_a_folder_of_another_recipe_is_described_as_far_as_it_can_be(run, capsys
     data.write_bytes(data.read_bytes()[:100])
     code, lines = inspect(capsys, step)
     assert code == 5 and lines[-1].startswith(f"damaged: {data} has 100 bytes and must have")
+
+
+def test_a_disk_that_does_not_answer_is_told(run, capsys, monkeypatch):
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.safe_metadata, "_Unpickler", fail)
+    code, lines = inspect(capsys, run / "checkpoint/step-5")
+    assert code == 5
+    assert any(".metadata cannot be read: [Errno 5] Input/output error: try again" in line for line in lines)
 
 
 def test_a_metadata_file_that_would_run_code_is_only_named(run, capsys, tmp_path):
