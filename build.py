@@ -37,7 +37,7 @@ from parallel.data_parallel import apply_frozen_fsdp
 from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
-from parallel.shards import copy_full_, is_savers, local_views
+from parallel.shards import copy_full_, is_saver, local_views
 from training.optimizer import optimizer_tensors
 
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
@@ -145,7 +145,7 @@ def checkpoint_tensors(
     Args:
         optimizer: None: its state is left out.
         ema: average of the weights by their names; may be empty.
-        to_save: leave to other ranks what they save of the parts that several hold.
+        to_save: of the parts that several ranks hold, each is given by one of them only.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     names = {parameter: name for name, parameter in tensors.items()}
@@ -153,7 +153,7 @@ def checkpoint_tensors(
     tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in states.items()}
     tensors |= {EMA_PREFIX + name: tensor for name, tensor in ema.items()}
     return {
-        name: Slices.of_views(one.shape, one.dtype, local_views(one) if not to_save or is_savers(one, name) else [])
+        name: Slices.of_views(one.shape, one.dtype, local_views(one) if not to_save or is_saver(one, name) else [])
         for name, one in tensors.items()
     }
 

@@ -76,7 +76,7 @@ def local_views(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     return [(offsets, view) for offsets, view in views if view.numel()]
 
 
-def is_savers(tensor: Tensor, name: str) -> bool:
+def is_saver(tensor: Tensor, name: str) -> bool:
     """Whether this rank is the one that saves its part of a tensor, of all that hold the same part.
 
     Names spread the work over the copies; a tensor that is not spread over a mesh is everybody's.

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from parallel.shards import copy_full_, full_tensor, is_savers, local_bytes, local_views
+from parallel.shards import copy_full_, full_tensor, is_saver, local_bytes, local_views
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, Layers, build_layers, make_full, world_size
 
@@ -128,7 +128,7 @@ def test_all_ranks_views_make_the_tensor_exactly_once(layout):
 def view_savers(rank: int, world: int, layout: str) -> dict[str, list[tuple]]:
     layers = build_layers(layout)
     named = layers.named_parameters()
-    return {name: [offsets for offsets, _ in local_views(p)] if is_savers(p, name) else [] for name, p in named}
+    return {name: [offsets for offsets, _ in local_views(p)] if is_saver(p, name) else [] for name, p in named}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
