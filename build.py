@@ -4,7 +4,7 @@ checkpointer are built. The trainer, scripts and benchmarks call them.
 
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from flux.codec import LatentCodec
 from flux.conditioner import Sharding, build_conditioner, check_tokenizer
 from flux.config import Encoder
 from flux.data.tokenizers import FluxTokenizer
-from flux.encoders import Encoders
+from flux.encoders import ALL_PARTS, Encoders
 from flux.identify import check_fits
 from flux.model import FluxTransformer, init_weights
 from flux.pipeline_folder import save_pipeline_parts
@@ -55,14 +55,25 @@ def build_run_layout(config: JobConfig, world_size: int) -> Layout:
     return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
 
 
-def build_encoders(config: JobConfig, spec: ModelSpec, tokenizer: FluxTokenizer, layout: Layout) -> Encoders:
-    """The frozen text encoders and autoencoder. T5 is split over all ranks of a copy of the weights."""
+def build_encoders(
+    config: JobConfig,
+    spec: ModelSpec,
+    tokenizer: FluxTokenizer | None,
+    layout: Layout,
+    parts: Collection[str] = ALL_PARTS,
+) -> Encoders:
+    """The frozen text encoders and autoencoder, as far as they are needed. T5 is split over all ranks of a copy of the
+    weights.
+    """
     encoder, device, mesh = config.encoder, layout.device, layout.encoder
     sharding = None if mesh is None else Sharding(partial(apply_frozen_fsdp, mesh=mesh), copy_full_)
     dtype = DTYPES[encoder.dtype]
-    autoencoder = load_autoencoder(encoder.autoencoder_path, spec.codec, dtype, device, _name_autoencoder)
-    conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding)
-    check_tokenizer(tokenizer, conditioner)
+    autoencoder = None
+    if "autoencoder" in parts:
+        autoencoder = load_autoencoder(encoder.autoencoder_path, spec.codec, dtype, device, _name_autoencoder)
+    conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding, parts)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, conditioner)
     return Encoders(tokenizer, conditioner, LatentCodec(autoencoder, spec.codec), device)
 
 

@@ -5,6 +5,7 @@
 What the parts of a run are made of stands in build.py.
 """
 
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,24 +46,19 @@ from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import format_config, save_config
+from evaluate import Evaluator
 from flux.autoencoder import AutoencoderConfig
-from flux.batch import RawBatch
-from flux.data.build import build_training_loader, build_validation_loader
+from flux.batch import BadRecord, RawBatch
+from flux.data.build import Deal, build_training_loader, build_validation_loader, find_data_change, open_data
 from flux.data.errors import DataError
-from flux.data.loader import Loader
-from flux.data.shape_score import can_score, describe_scores, score_pictures
 from flux.data.tokenizers import build_tokenizer
 from flux.flops import training_flops, with_unit
 from flux.flow import squared_error_sum
 from flux.inputs import make_inputs
-from flux.pictures import make_images, save_grid
 from flux.plans import make_plan
-from flux.prompts import load_prompts
-from flux.sampling import draw_pictures
-from flux.spec import PIXELS_PER_TOKEN, SPECS
+from flux.spec import SPECS
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
-from parallel.data_parallel import reshard
 from parallel.degrees import read_ranks
 from parallel.gradients import clip_grad_norm_, group_by_mesh
 from parallel.mesh import Layout, close_layout
@@ -73,6 +69,7 @@ from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
+from training.bad_samples import BadSamples
 from training.determinism import apply_determinism
 from training.ema import build_ema, update_ema
 from training.lr_schedule import build_lr_scheduler
@@ -109,25 +106,26 @@ class FluxTrainer:
 
         self.spec = SPECS[config.model.flavor]
         self.update_size, self.accumulation = training.update_size(degrees.dp), training.accumulation(degrees.dp)
-        tokenizer = build_tokenizer(config.encoder, training.test_mode)
-        data = (training, validation, config.encoder, self.spec, tokenizer, self.seed, layout.dp_rank, degrees.dp)
-        self.loader = build_training_loader(*data, self.cursor)
-        update = training.describe_update(degrees.dp)
-        log_stage(2, STAGES, "data", f"{training.dataset} at {training.img_size} px, {update}")
+        data = open_data(training, validation, config.data, config.encoder, self.spec, show_progress=layout.rank == 0)
+        self.shards = data.describe_shards()
+        self._check_shards(saved)
+        tokenizer = build_tokenizer(config.encoder, training.test_mode) if data.needed_parts - {"autoencoder"} else None
+        deal = Deal(self.seed, layout.dp_rank, degrees.dp)
+        self.loader = build_training_loader(data, tokenizer, deal, self.cursor)
+        log_stage(2, STAGES, "data", f"{data.describe()}, {training.describe_update(degrees.dp)}")
 
-        self.encoders = build_encoders(config, self.spec, tokenizer, layout)
+        self.encoders = build_encoders(config, self.spec, tokenizer, layout, data.needed_parts)
         log_stage(3, STAGES, "encoders", f"{self.encoders.describe()}, {config.encoder.dtype}")
-        if training.dataset != "shapes" and self.encoders.codec.autoencoder.config != AutoencoderConfig():
+        autoencoder = self.encoders.codec.autoencoder
+        if training.dataset != "shapes" and autoencoder and autoencoder.config != AutoencoderConfig():
             log.warning("the tiny autoencoder blurs photographs: set encoder.autoencoder_path to FLUX.1's")
 
         self.plan = make_plan(self.spec.transformer)
         self.model = build_model(config, self.spec, layout)
         start_weights(config, self.spec, self.model, layout, found)
         self.loss_sum = compile_loss(squared_error_sum, config.compile)
-        tokens = (training.img_size // PIXELS_PER_TOKEN) ** 2
-        self.flops_per_sample = training_flops(self.spec.transformer, tokens, config.encoder.max_t5_encoding_len)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        cost = f"{with_unit(self.flops_per_sample)}FLOP per training sample"
+        cost = f"{with_unit(self.sample_flops(training.img_tokens))}FLOP per training sample"
         recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
         dtype = str(self.dtype).removeprefix("torch.")
         log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
@@ -140,20 +138,28 @@ class FluxTrainer:
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
         log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
 
-        self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step) if layout.rank == 0 else None
-        self.timer = StepTimer()
-        self.validation_loader: Loader | None = None
+        self.metrics: MetricsLogger | None = None
+        if layout.rank == 0:
+            self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step)
+            self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
+        self.timer, self.bad, self.noted = StepTimer(), list[BadRecord](), self.cursor
+        self.evaluator: Evaluator | None = None
         if validation.enable:
-            self.validation_loader = build_validation_loader(*data)
-            self.prompts = (
-                load_prompts(validation.prompts_path, "validation.prompts_path")[: validation.save_img_count]
-                if validation.prompts_path
-                else self.validation_loader.captions(validation.save_img_count)
-            )
+            held_out = build_validation_loader(data, tokenizer, deal)
+            parts = (self.spec, self.encoders, self.model, held_out, self.squared_error, self.predict, self.dtype)
+            self.evaluator = Evaluator(config, folder, layout, *parts, self.metrics)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
+
+    def _check_shards(self, saved: Mapping[str, Any]) -> None:
+        """Raises ValueError for a checkpoint whose positions mean other samples."""
+        if change := find_data_change(saved.get("shards", self.shards), self.shards):
+            raise ValueError(
+                f"training.dataset is not what the checkpoint was trained on: {change}: give the same shards (and keep "
+                "validation.enable), or begin anew with its weights: checkpoint.initial_load_path"
+            )
 
     def _load(self, found: Found | None) -> None:
         """Fills model, optimizer and average of the weights from a checkpoint, if there is one."""
@@ -168,12 +174,14 @@ class FluxTrainer:
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
+        self._note_bad_samples()
         state = {
             "step": self.step,
             "samples_seen": self.cursor,
             "schedule_step": self.lr_scheduler.last_epoch,
             "seed": self.seed,
             "update_size": self.update_size,
+            "shards": self.shards,
             "flavor": self.spec.name,
             "layout": self.layout.describe(),
             "torch": torch.__version__,
@@ -186,8 +194,12 @@ class FluxTrainer:
         cp = self.layout.axis("cp")
         return gather_sequence(self.model(**shard_sequence(inputs, self.plan.sequence_tensors, cp)), cp)
 
-    def squared_error(self, raw: RawBatch, weight_B: Tensor | None = None) -> Tensor:
-        """Batch -> sum of squared errors of the predicted velocity, over this rank's tokens of it.
+    def sample_flops(self, tokens: int) -> float:
+        """Floating-point operations of training on one picture of so many tokens."""
+        return training_flops(self.spec.transformer, tokens, self.config.encoder.max_t5_encoding_len)
+
+    def squared_error(self, raw: RawBatch) -> Tensor:
+        """Batch -> sum of squared errors of the predicted velocity, over this rank's tokens of its samples that count.
 
         Training and validation share these lines.
         """
@@ -197,7 +209,7 @@ class FluxTrainer:
         # Identity unless context parallel ranks share the tokens.
         local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
         local_target_BTC = local.pop("target_BTC")
-        return self.loss_sum(self.model(**local), local_target_BTC, weight_B)
+        return self.loss_sum(self.model(**local), local_target_BTC, raw.counts_B)
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
         """Gradients of one update, and this rank's part of its loss.
@@ -208,10 +220,12 @@ class FluxTrainer:
         for _ in range(self.accumulation):
             with self.timer.waiting():
                 raw = next(batches)
-            update_elements = raw.draws.noise_BTC[0].numel() * self.update_size
+            self.bad += raw.bad
+            update_elements = raw.draws.noise_BTC[0].numel() * raw.update_samples
             micro_loss = self.squared_error(raw) / update_elements
             micro_loss.backward()
             loss += micro_loss.detach()
+        self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
         return loss
 
     def train_step(self, batches: Iterator[RawBatch]) -> tuple[Tensor, Tensor]:
@@ -226,7 +240,6 @@ class FluxTrainer:
         if self.ema:
             update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
         self.cursor += self.update_size
-        self.timer.count(self.update_size)
         return loss, grad_norm
 
     def clip_gradients(self) -> Tensor:
@@ -235,7 +248,7 @@ class FluxTrainer:
 
     def train(self) -> None:
         """Runs to training.steps, then exports the weights and draws the loss curve."""
-        training, validation = self.config.training, self.config.validation
+        training = self.config.training
         if self.config.checkpoint.create_seed_checkpoint:
             self.save()
             return self.checkpointer.finish()
@@ -250,22 +263,37 @@ class FluxTrainer:
             steps.advance()
             self.checkpointer.poll()
             if is_logged := self.step == 1 or self._due(self.config.metrics.log_freq):
+                self._note_bad_samples()
                 steps.report(self.step, self._log_step(self.layout.sum(loss).item(), grad_norm.item(), float(lr)))
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
-                if validation.enable and self._due(validation.freq):
-                    log.info("step %d: validation loss %.4f", self.step, self.validate())
-                if validation.enable and self._due(validation.eval_freq):
-                    log.info("step %d: %s", self.step, self.draw_grid())
-                if self._must_save(is_logged):
+                reached = self._evaluate()
+                if self._must_save(is_logged, reached):
                     self.save()
+            if reached:
+                break
         steps.close()
         self._finish()
 
-    def _must_save(self, is_logged: bool) -> bool:
+    def _evaluate(self) -> bool:
+        """Validates and draws where that is due. Whether the run has reached validation.target_loss."""
+        validation, reached = self.config.validation, False
+        if self.evaluator and self._due(validation.freq):
+            loss = self.evaluator.validate(self.step)
+            log.info("step %d: validation loss %.4f", self.step, loss)
+            reached = validation.target_loss is not None and loss <= validation.target_loss
+            if reached:
+                log.info("validation.target_loss=%g is reached after %d samples", validation.target_loss, self.cursor)
+                if self.metrics:
+                    self.metrics.log(self.step, {"samples_to_target_loss": self.cursor})
+        if self.evaluator and (self._due(validation.eval_freq) or (reached and validation.eval_freq)):
+            log.info("step %d: %s", self.step, self.evaluator.draw_grid(self.step))
+        return reached
+
+    def _must_save(self, is_logged: bool, is_last: bool) -> bool:
         """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
-        if self.checkpointer.is_due(self.step, self.step == self.config.training.steps):
+        if self.checkpointer.is_due(self.step, is_last or self.step == self.config.training.steps):
             return True
         by_minutes = is_logged and self.config.checkpoint.interval_minutes > 0
         return by_minutes and self.layout.agree(self.checkpointer.is_overdue())
@@ -298,55 +326,6 @@ class FluxTrainer:
             if pipeline:
                 export_pipeline(pipeline, self.spec, self.config, weights)
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean squared error over the held-out samples, with fixed noise and times."""
-        loader = self.validation_loader
-        assert loader is not None and loader.end is not None
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for raw in loader:
-            counts_B = raw.position_B < loader.end  # the rest fills up the last batches
-            total += self.squared_error(raw, counts_B.to(self.device, torch.float32))
-        reshard(self.model)
-        loss = self.layout.sum(total).item() / (loader.end * raw.draws.noise_BTC[0].numel())
-        if self.metrics:
-            self.metrics.log(self.step, {"validation_loss": loss})
-        return loss
-
-    def draw_grid(self) -> str:
-        """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right."""
-        validation, side, layout = self.config.validation, self.config.training.img_size, self.layout
-        # All groups draw equally many, since ranks wait for each other: the last prompt fills up.
-        share = -(-len(self.prompts) // layout.degrees.dp)
-        mine = [min(layout.dp_rank * share + place, len(self.prompts) - 1) for place in range(share)]
-        pixels_BCHW = draw_pictures(
-            self.predict,
-            self.spec,
-            self.encoders,
-            [self.prompts[number] for number in mine],
-            seeds=mine,
-            height=side,
-            width=side,
-            steps=validation.denoising_steps,
-            guidance=self.config.training.guidance,
-            cfg_scale=validation.cfg_scale,
-            batch_size=validation.local_batch_size,
-            dtype=self.dtype,
-        )
-        reshard(self.model)
-        pixels_BCHW = layout.gather_samples(pixels_BCHW.to(self.device))[: len(self.prompts)]
-        path = self.folder / validation.save_img_folder / f"step-{self.step:06d}.png"
-        if self.metrics is None:
-            return str(path)
-        images = make_images(pixels_BCHW.cpu())
-        save_grid(images, path)
-        self.metrics.log_image(self.step, "samples", path)
-        if not can_score(self.prompts):
-            return str(path)
-        scores = score_pictures(images, self.prompts)
-        self.metrics.log(self.step, scores)
-        return f"{path} has right {describe_scores(scores)}"
-
     def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
         values = {
             "loss": loss,
@@ -356,7 +335,6 @@ class FluxTrainer:
             **self.timer.read(),
             "memory_gib": peak_memory_gib(self.device.type),
         }
-        values["tflops"] = values["samples_per_s"] * self.flops_per_sample / 1e12
         if self.metrics:
             self.metrics.log(self.step, values)
         if not math.isfinite(loss):
@@ -365,6 +343,21 @@ class FluxTrainer:
                 f" training.max_norm={self.config.training.max_norm:g}, or warm up for longer"
             )
         return values
+
+    def _note_bad_samples(self) -> None:
+        """Tells what could not be used since the last call; raises DataError when that is too much."""
+        samples, self.noted = self.cursor - self.noted, self.cursor
+        bad, self.bad = [record._asdict() for record in self.bad if self.layout.leads_group], []
+        some = bool(self.layout.sum(torch.tensor(len(bad), device=self.device)))
+        texts = self.layout.gather_texts(f"bad samples {self.step}", json.dumps(bad)) if some else []
+        if self.metrics:
+            counts = self.bad_samples.note(samples, [record for text in texts for record in json.loads(text)])
+            if counts:
+                self.metrics.log(self.step, counts)
+        if some and (
+            complaint := self.layout.from_rank_0(f"complaint {self.step}", lambda: self.bad_samples.complaint())
+        ):
+            raise DataError(complaint)
 
 
 def main(argv: list[str]) -> None:

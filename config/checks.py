@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from config.checkpoint_checks import find_checkpoint_doubts, find_checkpoint_faults
+from config.data_checks import find_data_doubts, find_data_faults
 from config.job_config import JobConfig
 from config.keys import show
 from config.layout_checks import Finding, find_layout_faults, find_technique_faults
@@ -16,7 +17,7 @@ def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     yield from _picture_size(config)
     yield from find_layout_faults(config, world_size)
     yield from find_technique_faults(config)
-    yield from _data(config)
+    yield from find_data_faults(config)
     yield from _loader("training.dataloader", config.training.dataloader)
     yield from _loader("validation.dataloader", config.validation.dataloader)
     yield from _number_formats(config)
@@ -28,18 +29,8 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
     """Combinations that train, but probably not as meant: each is a warning."""
     yield from _learning_rate(config)
     yield from find_checkpoint_doubts(config)
+    yield from find_data_doubts(config)
     training, validation = config.training, config.validation
-    for section, dataset, path in (
-        ("training", training.dataset, training.dataset_path),
-        ("validation", validation.dataset or training.dataset, validation.dataset_path),
-    ):
-        if dataset == "shapes" and path is not None:
-            yield f"{section}.dataset_path={show(path)} is not read: shapes draws its own pictures"
-    if validation.enable and training.dataset_path is not None and training.dataset_path == validation.dataset_path:
-        yield (
-            f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
-            "out: leave it out, and a part of the folder is"
-        )
     if config.compile.enable and not config.compile.components:
         yield "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both"
     if training.guidance != 1.0 and not SPECS[config.model.flavor].transformer.guidance_embed:
@@ -60,21 +51,6 @@ def _picture_size(config: JobConfig) -> Iterator[Finding]:
             below = size - size % PIXELS_PER_TOKEN
             choices = f"use {below} or {below + PIXELS_PER_TOKEN}"
             yield (name,), f"{name}={size} must be a multiple of {PIXELS_PER_TOKEN}: {choices}"
-
-
-def _data(config: JobConfig) -> Iterator[Finding]:
-    training, validation = config.training, config.validation
-    needy = [("training", training.dataset_path)] if training.dataset == "imagefolder" else []
-    # Without a data set of its own, validation holds back a part of training's.
-    if validation.enable and validation.dataset == "imagefolder":
-        needy.append(("validation", validation.dataset_path))
-    for section, path in needy:
-        if path is None:
-            yield (
-                (f"{section}.dataset", f"{section}.dataset_path"),
-                f'{section}.dataset="imagefolder" needs {section}.dataset_path: '
-                "set it to the folder that holds the pictures and their captions",
-            )
 
 
 def _loader(section: str, loader: DataLoader) -> Iterator[Finding]:

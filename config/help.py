@@ -9,7 +9,7 @@ from config.job_config import JobConfig
 from config.keys import KEYS, Key, show
 
 _WIDTH = 110
-_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list of texts"}
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
 
 _HEAD = """\
 usage: ./run_train.sh [--section.key value ...]
@@ -35,6 +35,8 @@ def help_text() -> str:
 
 def _describe(key: Key) -> str:
     kind = "" if key.choices and key.kind is str else _KINDS[key.kind]
+    if key.kind is list:
+        kind = "list of tables" if key.item_keys else {str: "list of texts", int: "list of whole numbers"}[key.item]
     default = "not set" if key.default is None else show(key.default)
     rule = f"each {key.rule}" if key.kind is list and key.rule else key.rule
     facts = f"{', '.join(filter(None, [kind, rule]))}; default: {default}"
@@ -43,7 +45,13 @@ def _describe(key: Key) -> str:
         textwrap.fill(key.help, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6),
         textwrap.fill(f"({facts})", _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 7),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + [_in_table(item) for item in key.item_keys])
+
+
+def _in_table(key: Key) -> str:
+    """A key of a table in a list: in a file only."""
+    default = "" if key.default is None else f"; default: {show(key.default)}"
+    return textwrap.fill(f"{key.name}: {key.help}{default}", _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
 
 
 def _name_list(title: str, names: list[str]) -> str:

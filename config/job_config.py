@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from checkpoint.config import Checkpoint
-from flux.config import Encoder, Inference, Model, Training, Validation
+from flux.config import Data, Encoder, Inference, Model, Training, Validation
 from parallel.config import ActivationCheckpoint, Comm, Compile, Parallelism, Quantize
 from runtime.config import Debug, Job
 from training.config import EMA, LRScheduler, Metrics, Optimizer
@@ -18,6 +18,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     encoder: Encoder = field(default_factory=Encoder)
     training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     ema: EMA = field(default_factory=EMA)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,8 +17,8 @@ _WANTED = {
     int: "a whole number such as 4",
     float: "a number such as 0.5",
     str: 'a text in quotes such as "name"',
-    list: 'a list of texts such as ["a", "b"]',
 }
+_WANTED_LISTS = {str: 'a list of texts such as ["a", "b"]', int: "a list of whole numbers such as [1, 2]"}
 _MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -62,6 +62,8 @@ class Key:
     interval: Interval | None = None
     help: str = ""
     default: Any = None
+    item: type = str  # of a list: str, int, or a dataclass whose fields are the keys of a table
+    item_keys: "tuple[Key, ...]" = ()  # those keys
 
     @property
     def rule(self) -> str:
@@ -81,7 +83,17 @@ class Key:
                 return self.kind(text)
         except (KeyError, ValueError):
             return text
-        return [item.strip() for item in text.split(",") if item.strip()] if self.kind is list else text
+        if self.kind is not list or self.item_keys:
+            return text
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        return [int(item) if self.item is int and _is_whole(item) else item for item in items]
+
+    @property
+    def wanted(self) -> str:
+        """What a value must be, in words."""
+        if self.item_keys:
+            return f"a list of tables: write [[{self.name}]] and its keys in a TOML file, once for each"
+        return _WANTED_LISTS[self.item] if self.kind is list else _WANTED[self.kind]
 
     def checked(self, value: Any) -> Any:
         """The value, an int turned into a float where one is due.
@@ -96,11 +108,13 @@ class Key:
         if self.kind is float and type(value) is int:
             value = _to_float(value)
         if self.kind is not object and type(value) is not self.kind:
-            raise ValueError(f"{shown} must be {_WANTED[self.kind]}{self._quotes_hint(value)}")
+            raise ValueError(f"{shown} must be {self.wanted}{self._quotes_hint(value)}")
+        if self.item_keys:
+            return [self._checked_table(f"{self.name}[{number}]", table) for number, table in enumerate(value)]
         if self.kind is str and not _is_unicode(value):
             raise ValueError(f"{shown} is not Unicode text: write it in UTF-8")
-        if self.kind is list and any(type(item) is not str for item in value):
-            raise ValueError(f"{shown} must be {_WANTED[list]}")
+        if self.kind is list and any(type(item) is not self.item for item in value):
+            raise ValueError(f"{shown} must be {self.wanted}")
         for item in value if self.kind is list else [value]:
             if self.choices and item not in self.choices:
                 nearest = get_close_matches(item, self.choices, n=1)
@@ -111,17 +125,36 @@ class Key:
             raise ValueError(f"{shown} is not finite{must_be}")
         if self.kind is int and abs(value) >= 2**63:
             raise ValueError(f"{shown} does not fit in 64 bits{must_be}")
-        if self.interval is not None and (len(value) if self.kind is str else value) not in self.interval:
+        measures = value if self.kind is list else [len(value) if self.kind is str else value]
+        if self.interval is not None and any(measure not in self.interval for measure in measures):
             if self.kind is str:
                 raise ValueError(f"{shown} must not be empty: give a value, or leave the key out")
             raise ValueError(f"{shown} is out of range{must_be}")
         return value
+
+    def _checked_table(self, name: str, table: Any) -> Any:
+        """One table of a list, as the dataclass that it fills."""
+        if type(table) is not dict:
+            raise ValueError(f"{name}={show(table)} must be a table: {self.wanted.partition(': ')[2]}")
+        keys = {key.name: key for key in self.item_keys}
+        values = {}
+        for field_name, value in table.items():
+            if field_name not in keys:
+                nearest = get_close_matches(field_name, keys, n=1)
+                hint = f" - did you mean '{nearest[0]}'?" if nearest else f": use {', '.join(keys)}"
+                raise ValueError(f"key '{name}.{field_name}' is unknown{hint}")
+            values[field_name] = replace(keys[field_name], name=f"{name}.{field_name}").checked(value)
+        return self.item(**values)
 
     def _quotes_hint(self, value: Any) -> str:
         """A quoted number or boolean is the common slip in TOML."""
         if type(value) is str and self.kind in (bool, int, float) and self.from_text(value) != value:
             return ": remove the quotes"
         return ""
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def _to_float(value: int) -> float:
@@ -155,12 +188,17 @@ def _make_key(name: str, hint: Any, **rest: Any) -> Key:
         hint, optional = members[0], True
     if get_origin(hint) is Literal:
         return Key(name, str, optional, choices=get_args(hint), **rest)
+    if hint == list[int]:
+        return Key(name, list, optional, item=int, **rest)
+    if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
+        item: type[Any] = get_args(hint)[0]
+        return Key(name, list, optional, item=item, item_keys=tuple(_section_keys("", item())), **rest)
     return Key(name, object if hint is Any else get_origin(hint) or hint, optional, **rest)
 
 
 def _section_keys(prefix: str, section: Any) -> Iterator[Key]:
     for field_name, hint in get_type_hints(type(section), include_extras=True).items():
-        name, default = f"{prefix}.{field_name}", getattr(section, field_name)
+        name, default = f"{prefix}.{field_name}".lstrip("."), getattr(section, field_name)
         if is_dataclass(default):
             yield from _section_keys(name, default)
             continue

@@ -1,7 +1,7 @@
 """JobConfig -> TOML with comments, which `load_config` reads back to an equal JobConfig."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ def _lookup(config: JobConfig, name: str) -> Any:
     return value
 
 
-def _toml(value: bool | int | float | str | list[str]) -> str:
-    """A TOML literal."""
+def _toml(value: Any) -> str:
+    """A TOML literal of a value, a list of them, or a dataclass of them, which is a table without what is not set."""
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = [f"{name} = {_toml(item)}" for name, item in asdict(value).items() if item is not None]
+        return f"{{ {', '.join(pairs)} }}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool | str):

@@ -11,8 +11,8 @@ Time: x_t = (1 - t) * latents + t * noise, target = noise - latents, so t = 1 is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _map(getattr(value, field.name), change) for field in fields(value)})
+        return replace(value, **{one.name: _map(getattr(value, one.name), change) for one in fields(value)})
     return value
 
 
@@ -38,15 +38,33 @@ class Draws:
     posterior_noise_BTC: Tensor | None  # None: use the posterior mean
 
 
+class BadRecord(NamedTuple):
+    """A sample that could not be used at its position."""
+
+    position: int
+    attempt: int  # 0: the sample that stands there; from 1 on, substitutes that were bad too
+    reason: str
+    shard: str
+    key: str
+    detail: str
+
+
 @dataclass(frozen=True)
 class RawBatch:
-    """What the loader yields."""
+    """What the loader yields. Pictures come as pixels or as stored moments, prompts as tokens or as stored features."""
 
-    pixels_BCHW: Tensor  # fp32 in -1..1
-    tokens: dict[str, Tensor]  # "t5" [B, L] and "clip" [B, 77], int64, prompt dropout already applied
-    captions: list[str]  # before prompt dropout
+    pixels_BCHW: Tensor | None  # fp32 in -1..1; None: moments are there
+    tokens: dict[str, Tensor]  # "t5" [B, L] and "clip" [B, 77], int64, of those prompts that are still to be encoded
+    captions: list[str]  # before prompt dropout, which all the others have behind them
     position_B: Tensor  # int64, place in the endless global order
     draws: Draws
+    update_samples: int  # that count, in the whole update that this is a part of
+    counts_B: Tensor | None = None  # fp32, 0 for samples that only fill up the batch; None: all count
+    moments_BCHW: Tensor | None = None  # mean and log-variance
+    t5_BLE: Tensor | None = None
+    t5_mask_BL: Tensor | None = None  # bool, rows of t5_BLE that are not padding; None: all are attended
+    pooled_BV: Tensor | None = None
+    bad: list[BadRecord] = field(default_factory=list)  # what was replaced on the way
 
     def to(self, device: torch.device | str) -> "RawBatch":
         return _map(self, lambda tensor: tensor.to(device, non_blocking=True))

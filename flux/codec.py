@@ -42,11 +42,12 @@ class LatentCodec:
     Nothing here records a graph, and nothing runs in inference mode: latents enter the graph of the transformer.
 
     Args:
-        autoencoder: frozen, its dtype is the one the pictures are encoded in.
+        autoencoder: frozen, its dtype is the one the pictures are encoded in. None: all moments are stored ones, and
+            nothing is drawn.
         config: shift and scale that bring native latents to about mean 0 and deviation 1.
     """
 
-    def __init__(self, autoencoder: Autoencoder, config: CodecConfig):
+    def __init__(self, autoencoder: Autoencoder | None, config: CodecConfig):
         self.autoencoder = autoencoder
         self.config = config
 
@@ -62,6 +63,7 @@ class LatentCodec:
     @torch.no_grad()
     def moments(self, pixels_BCHW: Tensor) -> Tensor:
         """Means and log-variances, [B, 2 * latent_channels, H/8, W/8], in the autoencoder's dtype."""
+        assert self.autoencoder is not None
         dtype = self.autoencoder.encoder.conv_in.weight.dtype
         return self.autoencoder.encode(pixels_BCHW.to(dtype))
 
@@ -76,6 +78,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents_BTC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latents to pixels_BCHW in fp32, clamped to -1..1; `grid` is (rows, columns) of tokens."""
+        assert self.autoencoder is not None
         native_BCHW = to_grid(latents_BTC.float() / self.config.scale + self.config.shift, grid)
         dtype = self.autoencoder.decoder.conv_in.weight.dtype
         return self.autoencoder.decode(native_BCHW.to(dtype)).float().clamp(-1, 1)

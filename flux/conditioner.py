@@ -3,7 +3,7 @@
 Which is which is decided by the configuration key and checked against `config.json`, never by a word in a path.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,30 +25,38 @@ class T5ClipConditioner:
     """Encodes prompts for FLUX: T5's last hidden states and CLIP's state at the end token.
 
     Args:
-        t5, clip: the encoders; they are frozen and put into eval mode here.
+        t5, clip: the encoders; they are frozen and put into eval mode here. None: all its features are stored ones.
         mask_padding: hide padding from T5 and return the mask, so that the transformer hides it too. False: padding is
             attended everywhere, as FLUX was trained.
     """
 
-    def __init__(self, t5: T5EncoderModel, clip: CLIPTextModel, mask_padding: bool):
-        self.t5 = t5.requires_grad_(False).eval()
-        self.clip = clip.requires_grad_(False).eval()
+    def __init__(self, t5: T5EncoderModel | None, clip: CLIPTextModel | None, mask_padding: bool):
+        self.t5 = t5 and t5.requires_grad_(False).eval()
+        self.clip = clip and clip.requires_grad_(False).eval()
         self.mask_padding = mask_padding
 
-    # Not inference_mode: its tensors cannot be saved for the backward pass of the transformer.
-    @torch.no_grad()
     def encode(self, tokens: dict[str, Tensor]) -> TextCond:
         """Text features in the encoders' dtype, on their device.
 
         Args:
             tokens: what FluxTokenizer made, "t5" [B, L] and "clip" [B, 77], on the encoders' device.
         """
-        mask_BL = tokens["t5"] != self.t5.config.pad_token_id if self.mask_padding else None
-        return TextCond(
-            txt_BLE=self.t5(input_ids=tokens["t5"], attention_mask=mask_BL).last_hidden_state,
-            pooled_BV=self.clip(input_ids=tokens["clip"]).pooler_output,
-            mask_BL=mask_BL,
-        )
+        txt_BLE, mask_BL = self.encode_t5(tokens["t5"])
+        return TextCond(txt_BLE, self.encode_clip(tokens["clip"]), mask_BL)
+
+    # Not inference_mode: its tensors cannot be saved for the backward pass of the transformer.
+    @torch.no_grad()
+    def encode_t5(self, ids_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """T5's last hidden states, and the mask of what is not padding where padding is hidden."""
+        assert self.t5 is not None
+        mask_BL = ids_BL != self.t5.config.pad_token_id if self.mask_padding else None
+        return self.t5(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state, mask_BL
+
+    @torch.no_grad()
+    def encode_clip(self, ids_BL: Tensor) -> Tensor:
+        """CLIP's state at the end token, [B, V]."""
+        assert self.clip is not None
+        return self.clip(input_ids=ids_BL).pooler_output
 
 
 class Sharding(NamedTuple):
@@ -64,6 +72,7 @@ def build_conditioner(
     test_mode: bool,
     device: torch.device | str,
     t5_sharding: Sharding | None = None,
+    parts: Collection[str] = ("t5", "clip"),
 ) -> T5ClipConditioner:
     """The frozen text encoders of a run.
 
@@ -74,18 +83,22 @@ def build_conditioner(
             the same ones, whatever the section names.
         device: where the encoders live.
         t5_sharding: splits T5, which is 38 times CLIP's size, over processes. None: this one holds all of it.
+        parts: "t5", "clip": those of them that are needed.
 
     Raises:
         ValueError: names the key, the folder, what is wrong with it and the remedy.
     """
     dtype = getattr(torch, encoder.dtype)
+    t5, clip = None, None
     if test_mode:
         t5, clip = random_encoders(transformer)
         t5, clip = t5.to(device, dtype), clip.to(device, dtype)
         if t5_sharding is not None:
             t5_sharding.split(t5, list(t5.encoder.block))
-    else:
+        return T5ClipConditioner(t5, clip, encoder.mask_padding)
+    if "t5" in parts:
         t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, device, t5_sharding)
+    if "clip" in parts:
         clip = load_clip(resolve_clip(encoder.clip_encoder).weights, transformer, dtype, device)
     return T5ClipConditioner(t5, clip, encoder.mask_padding)
 
@@ -179,11 +192,13 @@ def check_tokenizer(tokenizer: FluxTokenizer, conditioner: T5ClipConditioner) ->
         (T5, conditioner.t5, tokenizer.vocabulary_sizes["t5"]),
         (CLIP, clip, tokenizer.vocabulary_sizes["clip"]),
     ):
-        if size > model.config.vocab_size:
+        if model is not None and size > model.config.vocab_size:
             raise ValueError(
                 f"{kind.key}: the tokenizer has {size} tokens and the encoder embeds only {model.config.vocab_size}: "
                 "use the tokenizer that belongs to the encoder"
             )
+    if clip is None:
+        return
     # CLIP pools at its end token, which an empty prompt has right after the start. A configured id of 2 is a known
     # fault of old files; the library then takes the highest id of the prompt instead.
     end = int(tokenizer([""])["clip"][0, 1])

@@ -1,14 +1,18 @@
-"""The [model], [encoder], [training], [validation] and [inference] sections."""
+"""The [model], [encoder], [data], [training], [validation] and [inference] sections."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from flux.spec import SPECS
+from flux.spec import PIXELS_PER_TOKEN, SPECS
 
 Dtype = Literal["bfloat16", "float32"]
 
 # Names of data sets that a configuration may carry. A run refuses the ones that it has no reader for.
-DATASETS = ("shapes", "imagefolder", "webdataset", "parquet", "cc12m-wds", "cc12m-test", "coco-validation")
+MIXABLE_DATASETS = (
+    *("shapes", "imagefolder", "webdataset", "parquet", "cc12m-wds", "cc12m-test", "coco-validation"),
+    *("cache", "mlperf"),
+)
+DATASETS = (*MIXABLE_DATASETS, "mixture")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,90 @@ class Encoder:
         False
     )
     sample_posterior: Annotated[bool, "draw latents from the autoencoder's posterior; false: take its mean"] = True
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of several data sets that are mixed. What is not set is as in [data]."""
+
+    dataset: Annotated[str, "the kind of data set", MIXABLE_DATASETS] = "webdataset"
+    dataset_path: Annotated[str | None, "where its pictures are", "[1, inf)"] = None
+    weight: Annotated[float, "share of the samples that come from here, relative to the other weights", "[0, inf)"] = (
+        1.0
+    )
+    caption_field: Annotated[str | None, "as data.caption_field", "[1, inf)"] = None
+    image_field: Annotated[str | None, "as data.image_field", "[1, inf)"] = None
+    random_crop: Annotated[bool | None, "as data.random_crop"] = None
+    min_side: Annotated[int | None, "as data.min_side", "[1, inf)"] = None
+    max_aspect: Annotated[float | None, "as data.max_aspect", "[1, inf)"] = None
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Aspect-ratio buckets: every update has pictures of one shape, and pictures of all shapes are seen."""
+
+    enable: Annotated[bool, "train on pictures in about their own shape instead of squares"] = False
+    img_sizes: Annotated[
+        list[int],
+        "a picture is shown with the area of the largest of these squares that it fills; empty: training.img_size",
+        "[1, inf)",
+    ] = field(default_factory=list)
+    step: Annotated[int, "sides are multiples of so many pixels, itself a multiple of 16", "[16, inf)"] = 64
+    max_aspect: Annotated[float, "longest shape: the long side by the short one", "[1, inf)"] = 2.0
+    constant_tokens: Annotated[
+        bool, "larger pictures come in smaller updates, with as many tokens as global_batch_size pictures of img_size"
+    ] = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """How data sets are read, for training and validation."""
+
+    sources: Annotated[
+        list[DataSource], 'data sets that training.dataset="mixture" mixes: one [[data.sources]] table for each'
+    ] = field(default_factory=list)
+    caption_field: Annotated[
+        str | None,
+        "column of parquet, or field of JSON, that holds the caption or a list of them; not set: text or caption",
+        "[1, inf)",
+    ] = None
+    image_field: Annotated[
+        str | None, "column of parquet that holds the picture; not set: image, jpg, png or webp", "[1, inf)"
+    ] = None
+    random_crop: Annotated[bool, "cut pictures to their shape at a random place; false: in the middle"] = True
+    min_side: Annotated[int, "pictures with a shorter side, in pixels, are bad samples", "[1, inf)"] = 16
+    max_aspect: Annotated[float, "pictures that are longer, long side by short side, are bad samples", "[1, inf)"] = 8.0
+    max_megapixels: Annotated[float, "larger pictures are bad samples, found before they are decoded", "(0, 178]"] = (
+        64.0
+    )
+    background: Annotated[str, "what shows through transparent places: a color such as #ffffff", "[1, inf)"] = "#ffffff"
+    fast_jpeg: Annotated[bool, "let the JPEG decoder shrink large pictures, which saves most of its time"] = True
+    empty_caption: Annotated[
+        Literal["bad", "unconditional"], "whether an empty caption makes a bad sample, or one without a prompt"
+    ] = "bad"
+    max_bad_fraction: Annotated[float, "the run stops when more of the last 10,000 samples were bad", "[0, 1]"] = 0.01
+    on_bad_shard: Annotated[
+        Literal["stop", "skip"], "skip replaces the samples that a cut or lost shard does not give any more"
+    ] = "stop"
+    shuffle_window: Annotated[
+        int,
+        "so many shards (row groups of parquet) are shuffled together, which disks and networks like; 0: all",
+        "[0, inf)",
+    ] = 0
+    index_folder: Annotated[str, "where the indexes of shards are kept", "[1, inf)"] = "outputs/index"
+    index_workers: Annotated[int, "processes that read shards for an index; 0: this one does", "[0, inf)"] = 4
+    shard_cache: Annotated[str, "folder on a local disk for copies of remote shards", "[1, inf)"] = "outputs/shards"
+    shard_cache_gb: Annotated[
+        float,
+        "room for them in GB, the least used ones go; 0: no copies, every sample is fetched by itself",
+        "[0, inf)",
+    ] = 0.0
+    worker_timeout_seconds: Annotated[
+        int,
+        "longest wait for a batch before the data workers are replaced, which happens once; 0: no limit",
+        "[0, inf)",
+    ] = 120
+    buckets: Buckets = field(default_factory=Buckets)
 
 
 @dataclass(frozen=True)
@@ -104,6 +192,11 @@ class Training:
     )
     dataloader: DataLoader = field(default_factory=DataLoader)
 
+    @property
+    def img_tokens(self) -> int:
+        """Image tokens of a square picture."""
+        return (self.img_size // PIXELS_PER_TOKEN) ** 2
+
     def update_size(self, groups: int) -> int:
         """Samples per update, where `groups` of processes see different samples."""
         return max(self.global_batch_size, self.local_batch_size * groups)
@@ -132,6 +225,13 @@ class Validation:
     ] = None
     local_batch_size: Annotated[int, "samples per process and forward pass", "[1, inf)"] = 8
     freq: Annotated[int, "steps from one validation loss to the next", "[1, inf)"] = 10
+    times: Annotated[
+        Literal["midpoints", "eighths"],
+        "times of the samples in turn: (k + 0.5) / 8 as torchtitan takes them, or k / 8 as MLPerf does, k = 0..7",
+    ] = "midpoints"
+    target_loss: Annotated[
+        float | None, "the run ends with success when the validation loss is no higher", "(0, inf)"
+    ] = None
     steps: Annotated[int, "batches per validation loss, dealt to all processes; -1: all samples", "-1 or [1, inf)"] = -1
     enable_classifier_free_guidance: Annotated[bool, "draw the picture grid with classifier-free guidance"] = False
     classifier_free_guidance_scale: Annotated[float, "strength of that guidance; 1 is none", "[0, inf)"] = 5.0

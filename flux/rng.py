@@ -19,6 +19,11 @@ def keyed_generator(seed: int, stream: str, position: int | str, device: torch.d
         position: the sample's place in the endless global order, or a parameter's name for initialization.
         device: where the numbers are drawn; training draws stay on the CPU.
     """
-    key = hashlib.blake2b(f"{seed}|{stream}|{position}".encode(), digest_size=8).digest()
     # 63 bits: manual_seed takes a signed 64-bit integer.
-    return torch.Generator(device=device).manual_seed(int.from_bytes(key, "big") >> 1)
+    return torch.Generator(device=device).manual_seed(keyed_bits(seed, stream, position) >> 1)
+
+
+def keyed_bits(seed: int, stream: str, position: int | str) -> int:
+    """64 random bits for one draw, under the same key as a `keyed_generator`."""
+    key = hashlib.blake2b(f"{seed}|{stream}|{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "big")

@@ -73,7 +73,8 @@ class ModelSpec:
     diffusers_rules: tuple[Rule, ...] = FLUX1_DIFFUSERS_RULES
 
 
-PIXELS_PER_TOKEN = 16  # the autoencoder shrinks by 8, patches by 2; every picture side is a multiple of it
+LATENT_STRIDE = 8  # what the autoencoder shrinks sides by
+PIXELS_PER_TOKEN = 16  # patches shrink them by 2 more; every picture side is a multiple of it
 
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec

@@ -82,6 +82,26 @@ class Layout:
         store.set(name, f"value:{text}")
         return text
 
+    def gather_texts(self, name: str, text: str) -> list[str]:
+        """What the ranks have to say, on rank 0, in their order; nothing on the others.
+
+        Args:
+            name: not used before.
+            text: empty on ranks that have nothing to say.
+        """
+        if self.degrees.world == 1:
+            return [text]
+        store = dist.distributed_c10d._get_default_store()
+        if self.rank:
+            store.set(f"{name}/{self.rank}", text)
+            return []
+        return [text, *(store.get(f"{name}/{rank}").decode() for rank in range(1, self.degrees.world))]
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank speaks for those that work on the same samples."""
+        return self.rank % (self.degrees.cp * self.degrees.tp) == 0
+
     def is_first_to_fail(self) -> bool:
         """True on the first rank that asks: it says what happened, the others mostly fail because of it."""
         if self.degrees.world == 1 or not dist.is_initialized():

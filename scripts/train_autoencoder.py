@@ -130,7 +130,7 @@ def make_batches(seed: int, batch_size: int, crops: int) -> Iterator[Tensor]:
     for step in range(2**31):
         rng = np.random.default_rng((seed, step))
         drawn: list[Image.Image | np.ndarray] = [
-            shapes[int(i)].image for i in rng.integers(len(shapes), size=batch_size // 2)
+            shapes.draw(int(i))[1] for i in rng.integers(len(shapes), size=batch_size // 2)
         ]
         drawn += [draw_texture(rng) for _ in range(batch_size - len(drawn))]
         pixels_BCHW = torch.stack([to_pixels_CHW(picture) for picture in drawn])
@@ -142,7 +142,7 @@ def make_batches(seed: int, batch_size: int, crops: int) -> Iterator[Tensor]:
 
 def make_held_out_shapes(count: int) -> Tensor:
     shapes = ShapesSource(split="validation", img_size=SIDE)
-    return torch.stack([to_pixels_CHW(shapes[i].image) for i in range(count)])
+    return torch.stack([to_pixels_CHW(shapes.draw(i)[1]) for i in range(count)])
 
 
 def make_held_out_textures(seed: int, count: int) -> Tensor:

@@ -76,12 +76,18 @@ class MetricsLogger:
                 del self._sinks[name]
 
 
-def drop_lines_after(metrics_jsonl: Path, step: int) -> None:
-    """Drops the lines of later steps and a torn last line, at once or not at all; the others keep every byte."""
+def drop_lines_after(metrics_jsonl: Path, last: int, field: str = "step") -> None:
+    """Drops the lines of later steps and a torn last line, at once or not at all; the others keep every byte.
+
+    Args:
+        metrics_jsonl: one JSON object per line; it need not exist.
+        last: largest value that is kept.
+        field: the one that counts, a whole number.
+    """
     if not metrics_jsonl.exists():
         return
     lines = metrics_jsonl.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    kept = [line for line in lines if line.endswith(b"\n") and _number_of(line, field, last) <= last]
     if len(kept) == len(lines):
         return
     shortened = metrics_jsonl.with_suffix(".tmp")
@@ -92,13 +98,13 @@ def drop_lines_after(metrics_jsonl: Path, step: int) -> None:
     shortened.replace(metrics_jsonl)
 
 
-def _step_of(line: bytes) -> int:
-    """The step of a line; 0 for what no run has written, which is not ours to drop."""
+def _number_of(line: bytes, field: str, other: int) -> int:
+    """The number in a field of a line; `other` for what no run has written, which is not ours to drop."""
     try:
-        step = json.loads(line)["step"]
+        number = json.loads(line)[field]
     except (ValueError, TypeError, KeyError):
-        return 0
-    return step if isinstance(step, int) else 0
+        return other
+    return number if isinstance(number, int) else other
 
 
 class _TensorBoard:

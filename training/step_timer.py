@@ -16,6 +16,7 @@ class StepTimer:
         self._waited = 0.0
         self._paused = 0.0
         self._samples = 0
+        self._flops = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -31,13 +32,18 @@ class StepTimer:
         yield
         self._paused += time.perf_counter() - started
 
-    def count(self, samples: int) -> None:
-        """One more update of `samples` samples is done."""
+    def count(self, samples: int, flops: float) -> None:
+        """One more update of `samples` samples is done, which took `flops` floating-point operations."""
         self._samples += samples
+        self._flops += flops
 
     def read(self) -> dict[str, float]:
-        """samples_per_s and data_wait_percent (0..100) since the last call."""
+        """samples_per_s, tflops (10^12 per second) and data_wait_percent (0..100) since the last call."""
         trained = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        values = {"samples_per_s": self._samples / trained, "data_wait_percent": 100 * self._waited / trained}
+        values = {
+            "samples_per_s": self._samples / trained,
+            "tflops": self._flops / trained / 1e12,
+            "data_wait_percent": 100 * self._waited / trained,
+        }
         self._begin()
         return values

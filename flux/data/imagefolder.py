@@ -2,51 +2,56 @@
 
 import hashlib
 import json
-import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
 
-from flux.data.errors import DataError
-from flux.data.sample import Sample
-from flux.data.transforms import convert_to_rgb
+from flux.config import Data
+from flux.data.captions import MAX_CAPTION_BYTES, clean_captions, parse_text
+from flux.data.decode import MAX_FILE_BYTES, Size, read_size
+from flux.data.errors import BadSample, DataError
+from flux.data.sample import Sample, Shard
 
-# Only these parsers run: pictures may come from strangers, and some of Pillow's other formats call outside programs.
-FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"
 HELD_OUT_SHARE = 20  # one picture in twenty is held out when a folder serves training and validation
+HEADER_READERS, HEADERS_AT_ONCE = 16, 1024  # threads wait for disks that are far away
+HEAD_BYTES = 16_384
 
 
 class ImageFolderSource:
     """Map-style source over a folder tree, in the order of the sorted relative paths.
 
     Captions come from `metadata.jsonl` in the folder where it exists (objects with `file_name` and `text`, the Hugging
-    Face layout), else from a `.txt` file beside each picture.
+    Face layout; `text` may be a list of them), else from a `.txt` file beside each picture.
 
     Args:
         folder: the folder; subfolders are searched too.
+        data: the section; its caption_field is the field of metadata, if not `text`.
         key: configuration key named in messages.
         split: "all" pictures, or a fixed division by file name into "train" and "validation".
 
     Raises:
-        DataError: no such folder, no pictures in it, a picture without caption, a faulty line of metadata. Later, on
-            access: a picture that does not decode, an empty caption.
+        DataError: no such folder, no pictures in it, none with a caption, or a faulty line of metadata.
     """
 
     def __init__(
         self,
         folder: str,
+        data: Data,
         key: str = "training.dataset_path",
         split: Literal["all", "train", "validation"] = "all",
     ):
         self.folder = Path(folder)
+        self.data = data
         if not self.folder.is_dir():
             raise DataError(f"{key}={folder!r} is not a folder: give a folder of pictures with captions")
-        self.captions: dict[str, str] | None = None  # by relative path; None: one .txt beside each picture
+        self.captions: dict[str, list[str]] | None = None  # by relative path; None: one .txt beside each picture
         if (self.folder / METADATA).exists():
-            self.captions = _load_metadata(self.folder / METADATA)
+            self.captions = _load_metadata(self.folder / METADATA, data.caption_field or "text")
             self.pictures = sorted(self.captions)
             missing = [name for name in self.pictures if not _is_file(self.folder / name)]
             if missing:
@@ -56,11 +61,10 @@ class ImageFolderSource:
         else:
             files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
             self.pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-            bare = [name for name in self.pictures if Path(name).with_suffix(".txt").as_posix() not in files]
-            if bare:
+            if self.pictures and not any(_caption_file(name) in files for name in self.pictures):
                 raise DataError(
-                    f"{key}={folder!r}: {len(bare)} of {len(self.pictures)} pictures have no caption, the first is "
-                    f"{bare[0]!r}: write {Path(bare[0]).with_suffix('.txt').as_posix()!r} beside it, or one {METADATA}"
+                    f"{key}={folder!r}: none of {len(self.pictures)} pictures has a caption, the first is "
+                    f"{self.pictures[0]!r}: write {_caption_file(self.pictures[0])!r} beside it, or one {METADATA}"
                 )
         if not self.pictures:
             raise DataError(f"{key}={folder!r} has no pictures: put {', '.join(SUFFIXES)} files with captions into it")
@@ -68,45 +72,61 @@ class ImageFolderSource:
             self.pictures = _split(self.pictures, split)
             if not self.pictures:
                 raise DataError(f"{key}={folder!r} has one picture: training and validation need at least two")
+        size = sum((self.folder / name).stat().st_size for name in self.pictures)
+        self.shards: Sequence[Shard] = (Shard(self.folder.resolve().name, size, len(self.pictures)),)
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Sample:
-        name = self.pictures[index]
-        return Sample(image=self._load_image(name), caption=self._load_caption(name), key=name)
-
-    def _load_image(self, name: str) -> Image.Image:
-        path = self.folder / name
+        name, shard = self.pictures[index], self.shards[0].name
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # remarks on broken EXIF data
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=FORMATS) as image:
-                    return convert_to_rgb(image)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-            Warning,
-        ) as error:
-            raise DataError(f"{path} does not decode as {', '.join(FORMATS)} ({error}): repair or remove it") from error
+            captions = clean_captions(self._load_captions(name), self.data.empty_caption)
+            with (self.folder / name).open("rb") as file:
+                # One byte more than is allowed tells that it is too large.
+                return Sample(file.read(MAX_FILE_BYTES + 1), captions, name, shard)
+        except OSError as error:
+            raise BadSample("unreadable", str(error), name, shard) from error
+        except BadSample as error:
+            raise BadSample(error.reason, error.detail, name, shard) from error
 
-    def _load_caption(self, name: str) -> str:
+    def picture_sizes(self) -> np.ndarray:
+        sizes = np.zeros((len(self), 2), np.int32)
+        with ThreadPoolExecutor(HEADER_READERS) as readers:
+            for start in range(0, len(self), HEADERS_AT_ONCE):
+                names = self.pictures[start : start + HEADERS_AT_ONCE]
+                for place, head in enumerate(readers.map(self._read_head, names), start):
+                    # Parsed by one thread: Pillow's warnings are silenced for the whole process.
+                    sizes[place] = read_size(head)
+                    if not sizes[place].any() and len(head) == HEAD_BYTES:
+                        sizes[place] = self._read_far_size(self.pictures[place])
+        return sizes
+
+    def _read_head(self, name: str) -> bytes:
+        try:
+            with (self.folder / name).open("rb") as file:
+                return file.read(HEAD_BYTES)
+        except OSError:
+            return b""
+
+    def _read_far_size(self, name: str) -> Size:
+        """Where much stands before it, such as a preview."""
+        with (self.folder / name).open("rb") as file:
+            return read_size(file)
+
+    def _load_captions(self, name: str) -> list[str]:
         if self.captions is not None:
-            caption, place = self.captions[name], f"{self.folder / METADATA}, {name!r}"
-        else:
-            path = (self.folder / name).with_suffix(".txt")
-            try:
-                caption, place = path.read_text(encoding="utf-8-sig"), str(path)
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path} cannot be read as UTF-8 text ({error}): repair or remove it") from error
-        caption = " ".join(caption.split())
-        if not caption:
-            raise DataError(f"{place}: the caption is empty: describe the picture in a few words, or remove it")
-        return caption
+            return [text for caption in self.captions[name] for text in parse_text(caption.encode())]
+        path = self.folder / _caption_file(name)
+        try:
+            with path.open("rb") as file:
+                return list(parse_text(file.read(MAX_CAPTION_BYTES + 1)))
+        except FileNotFoundError as error:
+            raise BadSample("no_caption", f"there is no {path.name} beside it") from error
+
+
+def _caption_file(picture: str) -> str:
+    return Path(picture).with_suffix(".txt").as_posix()
 
 
 def _split(pictures: list[str], split: Literal["train", "validation"]) -> list[str]:
@@ -119,8 +139,9 @@ def _split(pictures: list[str], split: Literal["train", "validation"]) -> list[s
     return [name for name in pictures if (name in held_out) == (split == "validation")]
 
 
-def _load_metadata(path: Path) -> dict[str, str]:
-    captions = {}
+def _load_metadata(path: Path, field: str) -> dict[str, list[str]]:
+    """Captions by relative path of the picture."""
+    captions: dict[str, list[str]] = {}
     try:
         # Not splitlines: JSON strings may hold the rarer line ends as they are.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -131,14 +152,15 @@ def _load_metadata(path: Path) -> dict[str, str]:
             continue
         try:
             entry = json.loads(line)
-            name, caption = entry["file_name"], entry["text"]
+            name, text = entry["file_name"], entry[field]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f'{path}:{number}: a line must be like {{"file_name": "a.jpg", "text": "a cat"}} '
+                f'{path}:{number}: a line must be like {{"file_name": "a.jpg", "{field}": "a cat"}} '
                 f"({type(error).__name__})"
             ) from error
-        if not isinstance(name, str) or not isinstance(caption, str) or not _is_unicode(name + caption):
-            raise DataError(f"{path}:{number}: file_name and text must be strings of whole Unicode characters")
+        texts = text if isinstance(text, list) else [text]
+        if not all(_is_unicode(one) for one in (name, *texts)):
+            raise DataError(f"{path}:{number}: file_name and {field} must be strings of whole Unicode characters")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{path}:{number}: file_name={name!r} must stay inside the folder")
         if not name.lower().endswith(SUFFIXES):
@@ -146,13 +168,13 @@ def _load_metadata(path: Path) -> dict[str, str]:
         name = Path(name).as_posix()
         if name in captions:
             raise DataError(f"{path}:{number}: file_name={name!r} stands there twice: keep one of the lines")
-        captions[name] = caption
+        captions[name] = texts
     return captions
 
 
-def _is_unicode(text: str) -> bool:
-    """False for the halves of characters that JSON's escapes can spell."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _is_unicode(text: Any) -> bool:
+    """False for what is no string, and for the halves of characters that JSON's escapes can spell."""
+    return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_file(path: Path) -> bool:

@@ -7,12 +7,14 @@ size, place, background) are split once: held-out combinations never appear in t
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from flux.data.sample import Sample
+from flux.data.sample import Sample, Shard
 from flux.rng import keyed_generator
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -89,15 +91,27 @@ class ShapesSource:
         self.split = split
         self.img_size = img_size
 
+    @property
+    def shards(self) -> Sequence[Shard]:
+        return (Shard("shapes", 0, len(self)),)
+
     def __len__(self) -> int:
         return TRAIN_LENGTH if self.split == "train" else len(HELD_OUT_SCENES)
 
     def __getitem__(self, index: int) -> Sample:
+        scene, image = self.draw(index)
+        return Sample(image, (scene.caption,), key=f"shapes/{index}")
+
+    def draw(self, index: int) -> tuple[Scene, Image.Image]:
+        """What the picture of that number shows, and the picture."""
         generator = keyed_generator(0, f"shapes/{self.split}", index)
         choice, x, y = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         scene = TRAIN_SCENES[int(choice * len(TRAIN_SCENES))] if self.split == "train" else HELD_OUT_SCENES[index]
         shift = ((2 * x - 1) * JITTER, (2 * y - 1) * JITTER)
-        return Sample(image=render(scene, self.img_size, shift), caption=scene.caption, key=f"shapes/{index}")
+        return scene, render(scene, self.img_size, shift)
+
+    def picture_sizes(self) -> np.ndarray:
+        return np.full((len(self), 2), self.img_size, np.int32)
 
 
 def render(scene: Scene, img_size: int, shift: tuple[float, float] = (0.0, 0.0)) -> Image.Image:

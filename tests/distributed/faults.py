@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 
 import build
-import flux.data.loader
+import flux.data.dataset
 import flux.model
 import parallel.context_parallel
 import parallel.parallelize
@@ -17,13 +17,13 @@ from flux.rng import keyed_generator
 def noise_by_rank() -> None:
     """Every rank draws from a seed of its own."""
     rank = int(os.environ["RANK"])
-    flux.data.loader.keyed_generator = lambda seed, stream, place: keyed_generator(seed + rank, stream, place)
+    flux.data.dataset.keyed_generator = lambda seed, stream, place: keyed_generator(seed + rank, stream, place)
 
 
 def times_by_rank() -> None:
     """Only the times differ, also between ranks that share a sample."""
     rank = int(os.environ["RANK"])
-    flux.data.loader.keyed_generator = lambda seed, stream, place: keyed_generator(
+    flux.data.dataset.keyed_generator = lambda seed, stream, place: keyed_generator(
         seed + rank * stream.endswith("timestep"), stream, place
     )
 

@@ -34,9 +34,9 @@ def validate(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]
     trainer = build_trainer(rank, world_size, folder, overrides)
     batches, found = iter(trainer.loader), {}
     trainer.train_step(batches)
-    if trainer.validation_loader is not None:
-        found["loss"] = trainer.validate()
-        trainer.draw_grid()
+    if trainer.evaluator is not None:
+        found["loss"] = trainer.evaluator.validate(trainer.step)
+        trainer.evaluator.draw_grid(trainer.step)
         pictures = list(Path(folder).rglob("*.png"))
         from PIL import Image
 

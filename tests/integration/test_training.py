@@ -9,8 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from config.parse import load_config
+from evaluate import Evaluator
 from flux.batch import RawBatch
-from flux.data.build import build_training_loader, build_validation_loader
+from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.tokenizers import build_tokenizer
 from flux.spec import SPECS
 from parallel.degrees import Degrees
@@ -145,8 +146,8 @@ def load_batch(batch_size: int) -> tuple[RawBatch, object]:
     spec = SPECS["flux-tiny"]
     tokenizer = build_tokenizer(config.encoder, False)
     encoders = build_encoders(config, spec, tokenizer, Layout(Degrees(), torch.device("cpu")))
-    data = (config.training, config.validation, config.encoder, spec, tokenizer, 0, 0, 1)
-    return next(iter(build_training_loader(*data, cursor=0))), encoders
+    data = open_data(config.training, config.validation, config.data, config.encoder, spec)
+    return next(iter(build_training_loader(data, tokenizer, Deal(seed=0), cursor=0))), encoders
 
 
 def test_encoder_outputs_do_not_depend_on_the_batch_size():
@@ -164,10 +165,10 @@ def test_encoder_outputs_do_not_depend_on_the_batch_size():
 def test_training_and_validation_share_the_same_lines(tmp_path):
     config = load_config([*TINY, f"--job.dump_folder={tmp_path}"])
     trainer = FluxTrainer(config, tmp_path, Layout(Degrees(), torch.device("cpu")))
-    batches = list(trainer.validation_loader)
+    batches = list(trainer.evaluator.loader)
     with torch.no_grad():
         errors = sum(trainer.squared_error(raw).item() for raw in batches)
-    assert trainer.validate() == errors / sum(raw.draws.noise_BTC.numel() for raw in batches)
+    assert trainer.evaluator.validate(0) == errors / sum(raw.draws.noise_BTC.numel() for raw in batches)
 
 
 def test_a_few_held_out_pictures_are_shown_at_every_time(tmp_path):
@@ -176,9 +177,8 @@ def test_a_few_held_out_pictures_are_shown_at_every_time(tmp_path):
         (tmp_path / f"{number}.txt").write_text(f"picture {number}")
     config = load_config([*TINY, "--training.dataset=imagefolder", f"--training.dataset_path={tmp_path}"])
     tokenizer = build_tokenizer(config.encoder, False)
-    loader = build_validation_loader(
-        config.training, config.validation, config.encoder, SPECS["flux-tiny"], tokenizer, 0, 0, 1
-    )
+    data = open_data(config.training, config.validation, config.data, config.encoder, SPECS["flux-tiny"])
+    loader = build_validation_loader(data, tokenizer, Deal(seed=0))
     times = sorted(t for raw in loader for t in raw.draws.t_B.tolist())
     assert times == [(k + 0.5) / 8 for k in range(8)]
 
@@ -202,7 +202,7 @@ def test_a_failed_start_leaves_its_name_free(tmp_path):
 
 
 def test_interrupted_runs_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(FluxTrainer, "draw_grid", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Evaluator, "draw_grid", lambda self, step: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as caught:
         main([*TINY, f"--job.dump_folder={tmp_path / 'run'}"])
     record = json.loads((tmp_path / "run" / "exit.json").read_text())

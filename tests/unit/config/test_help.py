@@ -35,8 +35,10 @@ def test_lists_say_that_they_are_some():
     assert "a list is written with commas" in " ".join(help_text().split())
     assert '(list of texts, each model or loss; default: ["model", "loss"])' in blocks["compile.components"]
     assert "(list of texts; default: [])" in blocks["quantize.linear.float8.filter_fqns"]
+    assert "(list of whole numbers, each at least 1; default: [])" in blocks["data.buckets.img_sizes"]
+    assert "weight: share of the samples that come from here" in blocks["data.sources"]
     for name, key in KEYS.items():
-        assert ("(list of texts" in blocks[name]) == (key.kind is list)
+        assert any(f"(list of {what}" in blocks[name] for what in ("texts", "whole", "tables")) == (key.kind is list)
 
 
 def test_lines_fit_a_terminal():

@@ -3,11 +3,14 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 
 from config.keys import ACCEPTED, KEYS, Interval, find_key
 from config.parse import ConfigError, parse
+from config.write import save_config
+from flux.config import DataSource
 
 NAMED = [name for name in KEYS | ACCEPTED if not name.endswith("*")]
 CHOOSING = [name for name, key in (KEYS | ACCEPTED).items() if key.choices]
@@ -72,13 +75,74 @@ def test_unknown_choice_lists_the_known_ones(tmp_path, name):
     assert all(choice in error for choice in key.choices)
 
 
-@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.kind is list])
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.kind is list and key.item is str])
 def test_lists_hold_texts_only(tmp_path, name):
     key = KEYS[name]
     for value in ([1], [["a"]], ["a", True]):
         assert f"{name}={json.dumps(value)} must be a list of texts" in error_of(tmp_path, name, value)
     good = list(key.choices) or ["a", "b, c"]
     assert key.checked(good) == good and key.checked([]) == []
+
+
+def test_lists_of_whole_numbers(tmp_path):
+    name = "data.buckets.img_sizes"
+    for value in (["a"], [1.5], [True]):
+        assert f"{name}={json.dumps(value)} must be a list of whole numbers" in error_of(tmp_path, name, value)
+    assert f"{name}=[256, 0] is out of range: it must be at least 1" in error_of(tmp_path, name, [256, 0])
+    assert parse([f"--{name}=256, 512"])[0].data.buckets.img_sizes == [256, 512]
+
+
+SOURCES = """
+[training]
+dataset = "mixture"
+[[data.sources]]
+dataset = "shapes"
+weight = 3
+[[data.sources]]
+dataset = "imagefolder"
+dataset_path = "photos"
+random_crop = false
+"""
+
+
+def test_a_list_of_tables_becomes_a_list_of_sections(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(SOURCES)
+    config = parse(["--job.config_file", str(file)])[0]
+    assert config.data.sources == [
+        DataSource("shapes", weight=3.0),
+        DataSource("imagefolder", "photos", random_crop=False),
+    ]
+    save_config(config, tmp_path / "again.toml")
+    assert parse(["--job.config_file", str(tmp_path / "again.toml")])[0] == config
+    assert KEYS["data.sources"].checked(asdict(config)["data"]["sources"]) == config.data.sources
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("wieght = 1", "key 'data.sources[2].wieght' is unknown - did you mean 'weight'?"),
+        ('weight = "1"', 'data.sources[2].weight="1" must be a number such as 0.5: remove the quotes'),
+        ("weight = -1", "data.sources[2].weight=-1 is out of range: it must be at least 0"),
+        (
+            'dataset = "webdatset"',
+            'data.sources[2].dataset="webdatset" is not a known choice - did you mean "webdataset"',
+        ),
+    ],
+)
+def test_faults_in_a_table_are_named(tmp_path, line, error):
+    file = tmp_path / "run.toml"
+    file.write_text(f"{SOURCES}[[data.sources]]\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(["--job.config_file", str(file)])
+    assert error in str(caught.value) and str(caught.value).startswith(f"{file}:4: ")
+
+
+def test_tables_are_for_files():
+    with pytest.raises(ConfigError, match=r"data.sources=.* must be a list of tables: write \[\[data.sources\]\]"):
+        parse(["--data.sources=shapes"])
+    with pytest.raises(ValueError, match=r"data.sources\[0\]=1 must be a table: write \[\[data.sources\]\]"):
+        KEYS["data.sources"].checked([1])
 
 
 @pytest.mark.parametrize(

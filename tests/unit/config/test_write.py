@@ -50,6 +50,14 @@ def values_of(key: Key) -> st.SearchStrategy:
         values = st.text("aé .", min_size=1, max_size=12).filter(lambda text: text.strip(" ."))  # plain names
     elif key.name.endswith(".dataset_path"):
         return ALL_TEXT
+    elif key.name.endswith(".dataset"):
+        values = st.sampled_from([choice for choice in key.choices if choice != "mixture"])
+    elif key.name in ("data.sources", "data.buckets.enable", "data.buckets.step"):
+        values = st.just(key.default)
+    elif key.name.endswith("max_aspect"):
+        values = st.floats(1, 9)
+    elif key.kind is list and key.item is int:
+        values = st.lists(st.integers(1, 512), max_size=3)
     elif key.kind is list:
         values = st.lists(st.sampled_from(key.choices) if key.choices else ALL_TEXT, max_size=1 if key.choices else 3)
     elif key.choices:

@@ -1,6 +1,9 @@
 """The global order: draws, pixels and tokens of a sample do not depend on who prepares it or in which batch."""
 
 import itertools
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,14 +11,19 @@ import torch
 
 from flux.batch import RawBatch
 from flux.config import DataLoader, Encoder
+from flux.data.dataset import OpenSource, PositionedDataset, Slot, TrainingDraws, ValidationDraws
+from flux.data.decode import DecodeRules
 from flux.data.errors import DataError
-from flux.data.loader import Loader, PositionBatches, PositionedDataset, TrainingDraws, ValidationDraws
-from flux.data.sample import Sample
+from flux.data.loader import Loader, PositionBatches
+from flux.data.order import PlainOrder, ShuffledOrder
+from flux.data.sample import Sample, Shard
 from flux.data.shapes import ShapesSource
+from flux.data.shuffle import Shuffle
 from flux.data.tokenizers import build_tokenizer
 from flux.spec import SPECS
 
 SPEC = SPECS["flux-tiny"]
+RULES = DecodeRules(min_side=1, max_aspect=100, max_megapixels=1, background=(255, 255, 255), fast_jpeg=True)
 DRAWS = TrainingDraws(seed=5, drop_prob=0.5)
 POSITIONS = 24
 
@@ -26,6 +34,10 @@ class ShortSource:
     def __init__(self, length: int = 10):
         self.length = length
         self.shapes = ShapesSource("train", 48)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [Shard("short", 0, self.length)]
 
     def __len__(self) -> int:
         return self.length
@@ -47,10 +59,19 @@ def tokenizer():
     return build_tokenizer(Encoder(max_t5_encoding_len=16), test_mode=False)
 
 
+def make_dataset(tokenizer, draws=DRAWS, source=None) -> PositionedDataset:
+    source = source or ShortSource()
+    if isinstance(draws, ValidationDraws):
+        order = PlainOrder([len(source)], (32, 32))
+    else:
+        order = ShuffledOrder([Shuffle([len(source)], 0, draws.seed, "train")], None, (32, 32), 1, draws.seed)
+    return PositionedDataset([OpenSource(source, RULES)], order, tokenizer, SPEC, draws)
+
+
 def load(tokenizer, *, count=POSITIONS, batch=4, workers=0, draws=DRAWS, source=None, cursor=0, rank=0, degree=1):
     """position -> (caption, pixels, draws, tokens) of the first `count` positions from the cursor."""
-    dataset = PositionedDataset(source or ShortSource(), tokenizer, SPEC, 32, draws)
-    loader = Loader(dataset, PositionBatches(cursor, batch, rank, degree), DataLoader(num_workers=workers))
+    batches = PositionBatches(batch * degree, 1, rank, degree, cursor)
+    loader = Loader(make_dataset(tokenizer, draws, source), batches, DataLoader(num_workers=workers))
     samples = {}
     for raw in itertools.islice(loader, count // batch):
         samples.update(by_position(raw))
@@ -95,27 +116,53 @@ def test_ranks_share_out_the_same_samples(tokenizer):
 @pytest.mark.parametrize(("cursor", "end"), [(0, 1), (0, 8), (0, 10), (0, 23), (0, 24), (5, 23), (7, 8), (9, 9)])
 def test_ranks_get_equally_many_full_batches(ranks, cursor, end):
     """They wait for each other; what lies beyond the end only fills up the last batches."""
-    dealt = [list(PositionBatches(cursor, 4, rank, ranks, end)) for rank in range(ranks)]
+    dealt = [list(PositionBatches(4 * ranks, 1, rank, ranks, cursor, end)) for rank in range(ranks)]
     assert len({len(batches) for batches in dealt}) == 1
     assert all(len(batch) == 4 for batches in dealt for batch in batches)
-    positions = sorted(position for batches in dealt for batch in batches for position in batch)
-    assert [position for position in positions if position < end] == list(range(cursor, end))
-    assert len(positions) == len(set(positions)) < end - cursor + 4 * ranks, "no round without a position that counts"
+    slots = [slot for batches in dealt for batch in batches for slot in batch]
+    assert sorted(slot.position for slot in slots if slot.counts) == list(range(cursor, end))
+    assert len(slots) < end - cursor + 4 * ranks, "no round without a position that counts"
 
 
-def test_every_update_uses_the_next_positions_on_any_layout():
-    """Two accumulated forward passes of 3 ranks are the same 24 positions as six of one."""
-    chain = itertools.chain.from_iterable
-    alone = chain(itertools.islice(PositionBatches(12, 4), 6))
-    shared = chain(chain(itertools.islice(PositionBatches(12, 4, rank, 3), 2) for rank in range(3)))
-    assert sorted(alone) == sorted(shared) == list(range(12, 36))
+def dealt_positions(updates: int, size: int, accumulation: int, ranks: int, samples=None) -> list[list[int]]:
+    """The positions that count, of every update."""
+    parts = [iter(PositionBatches(size, accumulation, rank, ranks, 12, None, samples)) for rank in range(ranks)]
+    dealt = []
+    for _ in range(updates):
+        batches = [next(part) for part in parts for _ in range(accumulation)]
+        assert len({len(batch) for batch in batches}) == 1, "ranks wait for each other"
+        dealt.append(sorted(slot.position for batch in batches for slot in batch if slot.counts))
+    return dealt
+
+
+@pytest.mark.parametrize(("accumulation", "ranks"), [(1, 1), (2, 1), (1, 2), (2, 3), (1, 8), (3, 4)])
+def test_every_update_uses_the_same_positions_on_any_layout(accumulation, ranks):
+    assert dealt_positions(3, 24, accumulation, ranks) == [list(range(12 + 24 * k, 36 + 24 * k)) for k in range(3)]
+
+
+@pytest.mark.parametrize(("accumulation", "ranks"), [(1, 1), (2, 2), (1, 8), (3, 4)])
+def test_updates_of_fewer_samples_than_slots_are_filled_up(accumulation, ranks):
+    """Larger pictures come in smaller updates, which need not divide by the ranks."""
+    sizes = {12: 24, 36: 7, 60: 1}
+    dealt = dealt_positions(3, 24, accumulation, ranks, sizes.__getitem__)
+    assert dealt == [list(range(start, start + size)) for start, size in sizes.items()]
+
+
+@pytest.mark.parametrize("given", range(8))
+def test_what_follows_after_some_batches(given):
+    batches = PositionBatches(24, 3, 1, 2, 12)
+    expected = list(itertools.islice(batches, given, given + 5))
+    assert list(itertools.islice(batches.rest(given), 5)) == expected
+    assert list(itertools.islice(batches.rest(1).rest(given), 4)) == expected[1:]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_samples_beyond_the_source_fill_up(tokenizer, ranks):
     """A source of 3 is dealt in batches of 4: positions 3 and on show its pictures again, at other times."""
-    dataset = PositionedDataset(ShortSource(3), tokenizer, SPEC, 32, ValidationDraws(seed=5))
-    loaders = [Loader(dataset, PositionBatches(0, 4, rank, ranks, end=8), DataLoader()) for rank in range(ranks)]
+    dataset = make_dataset(tokenizer, ValidationDraws(seed=5), ShortSource(3))
+    loaders = [
+        Loader(dataset, PositionBatches(4 * ranks, 1, rank, ranks, end=8), DataLoader()) for rank in range(ranks)
+    ]
     samples = {}
     for loader in loaders:
         assert loader.end == 8
@@ -123,14 +170,13 @@ def test_validation_samples_beyond_the_source_fill_up(tokenizer, ranks):
             samples |= by_position(raw)
     assert set(range(8)) <= samples.keys()
     for position, sample in samples.items():
-        assert sample["caption"] == ShortSource(3)[position % 3].caption
+        assert (sample["caption"],) == ShortSource(3)[position % 3].captions
         assert sample["t"].item() == (position % 8 + 0.5) / 8
     assert not torch.equal(samples[0]["noise"], samples[3]["noise"])
 
 
 def test_training_has_no_end(tokenizer):
-    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, DRAWS)
-    assert Loader(dataset, PositionBatches(0, 4), DataLoader()).end is None
+    assert Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader()).end is None
 
 
 def test_a_cursor_continues_the_order(tokenizer):
@@ -175,25 +221,24 @@ def test_no_dropout_keeps_every_prompt(tokenizer):
 
 
 def test_validation_is_the_same_at_every_pass(tokenizer):
-    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, ValidationDraws(seed=5))
-    loader = Loader(dataset, PositionBatches(0, 4, end=10), DataLoader())
+    loader = Loader(make_dataset(tokenizer, ValidationDraws(seed=5)), PositionBatches(4, end=10), DataLoader())
     first, second = ([*loader], [*loader])
     assert [len(raw.captions) for raw in first] == [4, 4, 4] and loader.end == 10
     samples, again = ({k: v for raw in passes for k, v in by_position(raw).items()} for passes in (first, second))
     assert_bit_equal(samples, again)
     assert sorted(samples) == list(range(12))
     assert [samples[position]["t"].item() for position in range(10)] == [(k % 8 + 0.5) / 8 for k in range(10)]
-    assert [samples[p]["caption"] for p in range(10)] == [ShortSource()[index].caption for index in range(10)]
+    assert [samples[p]["caption"] for p in range(10)] == [ShortSource()[index].captions[0] for index in range(10)]
 
 
 def test_validation_draws_are_not_training_draws(tokenizer):
-    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, ValidationDraws(seed=5))
-    assert not torch.equal(dataset[0].noise_TC, load(tokenizer, count=4)[0]["noise"])
+    dataset = make_dataset(tokenizer, ValidationDraws(seed=5))
+    assert not torch.equal(dataset[Slot(0, True, 1)].noise_TC, load(tokenizer, count=4)[0]["noise"])
 
 
 def test_posterior_mean_needs_no_noise(tokenizer):
-    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, replace(DRAWS, sample_posterior=False))
-    raw = next(iter(Loader(dataset, PositionBatches(0, 2), DataLoader())))
+    dataset = make_dataset(tokenizer, replace(DRAWS, sample_posterior=False))
+    raw = next(iter(Loader(dataset, PositionBatches(2), DataLoader())))
     assert raw.draws.posterior_noise_BTC is None
 
 
@@ -212,7 +257,57 @@ def test_a_faulty_sample_is_named_without_a_workers_traceback(tokenizer, workers
 
 
 def test_moving_a_batch_keeps_what_is_no_tensor(tokenizer):
-    dataset = PositionedDataset(ShortSource(), tokenizer, SPEC, 32, replace(DRAWS, sample_posterior=False))
-    raw = next(iter(Loader(dataset, PositionBatches(0, 2), DataLoader()))).to("meta")
+    dataset = make_dataset(tokenizer, replace(DRAWS, sample_posterior=False))
+    raw = next(iter(Loader(dataset, PositionBatches(2), DataLoader()))).to("meta")
     assert raw.pixels_BCHW.device.type == raw.tokens["t5"].device.type == raw.draws.t_B.device.type == "meta"
     assert raw.captions and raw.draws.posterior_noise_BTC is None
+
+
+class Trouble(ShortSource):
+    """Lets the worker that asks for one sample die or hang, as often as there are names of files to make."""
+
+    def __init__(self, folder, kind: str, times: int):
+        super().__init__()
+        self.marks = [folder / f"{number}" for number in range(times)]
+        self.kind = kind
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 3 and (mark := next((mark for mark in self.marks if not mark.exists()), None)):
+            mark.touch()
+            if self.kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("kind", "workers", "timeout"), [("die", 1, 60), ("die", 3, 60), ("hang", 3, 6)])
+def test_workers_that_fail_are_replaced_once_at_the_same_batch(tokenizer, tmp_path, caplog, kind, workers, timeout):
+    dataset = make_dataset(tokenizer, source=Trouble(tmp_path, kind, 1))
+    loader = Loader(dataset, PositionBatches(4), DataLoader(num_workers=workers), worker_timeout=timeout)
+    samples = {}
+    for raw in itertools.islice(loader, POSITIONS // 4):
+        samples |= by_position(raw)
+    assert_bit_equal(load(tokenizer), samples)
+    reason = "DataLoader worker" if kind == "die" else "no batch in data.worker_timeout_seconds=6"
+    assert caplog.text.count(f"data workers are replaced: {reason}") == 1
+
+
+def test_workers_that_fail_again_end_the_run(tokenizer, tmp_path):
+    dataset = make_dataset(tokenizer, source=Trouble(tmp_path, "die", 2))
+    loader = Loader(dataset, PositionBatches(4), DataLoader(num_workers=1), worker_timeout=60)
+    with pytest.raises(DataError, match=r"data workers failed twice \(DataLoader worker \(pid"):
+        list(itertools.islice(loader, POSITIONS // 4))
+
+
+def test_a_dying_worker_does_not_interrupt_what_runs_meanwhile(tokenizer, tmp_path):
+    """torch's own handler raises wherever the main process is; here the death is met where a batch is waited for."""
+    dataset = make_dataset(tokenizer, source=Trouble(tmp_path, "die", 1))
+    batches = iter(
+        Loader(dataset, PositionBatches(1), DataLoader(num_workers=1, prefetch_factor=12), worker_timeout=60)
+    )
+    next(batches)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "0").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert [raw.position_B.item() for raw in itertools.islice(batches, 9)] == list(range(1, 10))

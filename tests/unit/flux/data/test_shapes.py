@@ -13,7 +13,7 @@ def test_held_out_scenes_are_never_trained_on():
     assert set(TRAIN_SCENES) | set(HELD_OUT_SCENES) == set(SCENES)
     source = ShapesSource("train", 32)
     held_out = {scene.caption for scene in HELD_OUT_SCENES}
-    assert not held_out & {source[index].caption for index in range(2000)}
+    assert not held_out & {source[index].captions[0] for index in range(2000)}
 
 
 def test_captions_name_scenes_one_to_one():
@@ -34,14 +34,14 @@ def test_an_index_is_always_the_same_picture():
 
 def test_validation_holds_each_held_out_scene_once():
     source = ShapesSource("validation", 32)
-    assert [source[index].caption for index in range(len(source))] == [scene.caption for scene in HELD_OUT_SCENES]
+    assert [source[index].captions[0] for index in range(len(source))] == [scene.caption for scene in HELD_OUT_SCENES]
 
 
 @pytest.mark.parametrize("img_size", [64, 96])
 def test_pixels_read_back_as_their_scene(img_size):
     source = ShapesSource("validation", img_size)
     samples = [source[index] for index in range(60)]
-    scores = score_pictures([sample.image for sample in samples], [sample.caption for sample in samples])
+    scores = score_pictures([sample.image for sample in samples], [sample.captions[0] for sample in samples])
     assert set(scores.values()) == {1.0}, scores
 
 
@@ -49,7 +49,7 @@ def test_wrong_pictures_score_badly():
     source = ShapesSource("validation", 64)
     samples = [source[index] for index in range(60)]
     shifted = samples[1:] + samples[:1]
-    scores = score_pictures([sample.image for sample in shifted], [sample.caption for sample in samples])
+    scores = score_pictures([sample.image for sample in shifted], [sample.captions[0] for sample in samples])
     assert max(scores["background_color_accuracy"], scores["shape_color_accuracy"]) < 0.4, scores
 
 
