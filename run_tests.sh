@@ -2,7 +2,7 @@
 # ./run_tests.sh       the fast tests
 # ./run_tests.sh full  all tests, then lint: what CI runs
 # ./run_tests.sh lint  ruff and mypy only
-# Further arguments go to pytest: ./run_tests.sh full -k sampling
+# Further arguments go to pytest: ./run_tests.sh full -k sampling; with -n 0 one test runs at a time, as --pdb wants it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -17,9 +17,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # What a test would fetch is missing on other machines too.
 export HF_HUB_OFFLINE=1
 
+# Two tests at a time, whatever the machine: they start up to eight processes of their own. Who is done takes tests from
+# the other, in their order, so that few of the fixtures of a module are made twice.
+parallel=(-n 2 --dist worksteal)
+
 case $mode in
-fast) exec "$PYTHON" -m pytest -m "not slow" "$@" ;;
-full) "$PYTHON" -m pytest "$@" ;;
+fast) exec "$PYTHON" -m pytest "${parallel[@]}" -m "not slow" "$@" ;;
+full) "$PYTHON" -m pytest "${parallel[@]}" "$@" ;;
 esac
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

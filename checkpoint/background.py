@@ -52,7 +52,8 @@ class BackgroundSave:
         self.is_told = False
         # Not Thread.join: interrupted by a signal, it takes the thread for ended (Python 3.11).
         self._ended = threading.Event()
-        threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        self._thread.start()
 
     def _run(self, write: Callable[[], None]) -> None:
         started = time.perf_counter()
@@ -67,4 +68,6 @@ class BackgroundSave:
         return self._ended.is_set()
 
     def wait(self, seconds: float | None = None) -> None:
-        self._ended.wait(seconds)
+        """Until it has ended, and its thread too: one that still frees tensors when Python ends takes it down."""
+        if self._ended.wait(seconds):
+            self._thread.join()

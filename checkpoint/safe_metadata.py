@@ -6,6 +6,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, BinaryIO
 
+import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -100,6 +101,8 @@ def _find_problem(metadata: Any, folder: Path) -> str:
             continue
         if type(entry) is not TensorStorageMetadata or any(type(c) is not ChunkStorageMetadata for c in entry.chunks):
             return f"its entry {name!r} is no tensor"
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            return f"its entry {name!r} has no number format"
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             return f"the parts of {name} do not make a whole"
     for info in metadata.storage_data.values():

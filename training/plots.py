@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy
-from matplotlib.figure import Figure
 
 SMOOTHING_SHARE = 0.05  # the window of the running mean, as a share of the logged steps
 
@@ -14,6 +13,8 @@ def save_loss_curve(metrics_jsonl: Path, png: Path) -> None:
 
     Lines without one of the two count for the other, and torn ones for neither. Non-finite values leave a gap.
     """
+    from matplotlib.figure import Figure  # half a second, which the other ranks and the commands need not wait for
+
     lines = [line for text in metrics_jsonl.read_text(errors="replace").splitlines() if (line := _parse(text))]
     # A Figure of its own, without pyplot: no window system is touched and nothing global is kept.
     figure = Figure(figsize=(8, 4.5), layout="constrained")

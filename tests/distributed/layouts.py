@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.distributed.ranks import run_ranks
-from tests.integration.short_runs import TINY
+from tests.integration.short_runs import TINY, resize_tiny
 
 if TYPE_CHECKING:
     from train import FluxTrainer
 
 STEPS = 5
 UPDATE = 8  # samples of every update, whatever the layout
+# Of the transformer: the smallest with neighbors among the blocks of each kind, as many blocks as are gathered ahead,
+# and heads that four ranks can share.
+SIZES = {"hidden_size": 128, "num_heads": 4, "depth": 2, "depth_single": 2}
 # The recipe's own initialization makes every block the identity and the first prediction zero: 94 of 96 gradients of
 # the first step are exactly zero then, and even causal attention goes unseen.
 WEIGHT_SCALE = 0.6
@@ -52,6 +55,7 @@ def build_trainer(rank: int, world_size: int, folder: str, overrides: Sequence[s
     from parallel.shards import copy_full_
     from train import FluxTrainer, build_run_layout
 
+    resize_tiny(**SIZES)
     config = load_config([*OVERRIDES, *overrides], world_size, quiet=True)
     trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
     with torch.no_grad():

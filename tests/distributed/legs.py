@@ -4,12 +4,12 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.distributed.ranks import run_ranks
-from tests.integration.short_runs import TINY
+from tests.integration.short_runs import TINY, resize_tiny
 
 ALL_ROWS = os.environ.get("RESUME_ROWS") == "all"  # also those that only repeat what others show in pairs
 PICTURES = 20  # an epoch
@@ -80,11 +80,10 @@ def _train(rank: int, world_size: int, folder: str, arguments: Sequence[str], un
     from build import build_run_layout
     from config.parse import load_config
     from flux.rng import keyed_generator
-    from flux.spec import SPECS
     from parallel.shards import copy_full_
     from train import FluxTrainer
 
-    SPECS["flux-tiny"] = replace(SPECS["flux-tiny"], transformer=replace(SPECS["flux-tiny"].transformer, **SIZES))
+    resize_tiny(**SIZES)
     config = load_config(list(arguments), world_size, quiet=True)
     trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
     if trainer.step == 0:

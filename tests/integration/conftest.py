@@ -3,12 +3,13 @@
 import pytest
 
 from tests.integration.short_runs import TINY, Run
-from train import main
 
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
     """train("--section.key=value", ...) trains flux-tiny for a few steps and returns the Run."""
+
+    from train import main  # not above: the process that only hands out the tests reads this file too
 
     def run(*overrides: str) -> Run:
         folder = tmp_path_factory.mktemp("run")

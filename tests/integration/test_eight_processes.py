@@ -1,6 +1,6 @@
 """Whole runs on eight processes: training, validation, pictures, export.
 
-Four rows go through run_train.sh and torchrun, the others on forked ranks, which start ten times faster.
+One row goes through run_train.sh and torchrun, the others on forked ranks, which start ten times faster.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_ranks
-from tests.integration.short_runs import TINY, Run
+from tests.integration.short_runs import TINY, Run, resize_tiny
 
 ROOT = Path(__file__).parents[2]
 LOSS_TOLERANCE = 1e-5  # relative; rounding, carried on by four updates of Adam
@@ -29,17 +29,17 @@ BATCH = "--training.local_batch_size={}".format
 BF16 = "--training.mixed_precision_param=bfloat16"
 FLOAT8 = ("--model.converters=quantize.linear.float8", "--quantize.linear.float8.emulate")
 
+THROUGH_RUN_TRAIN = (BATCH(2), REPLICATE(2), SHARD(2), CP(2))
+# Of the transformer on forked ranks: it keeps its eight heads, and blocks of both kinds.
+SIZES = {"depth": 1, "depth_single": 2}
 # name: (options, relative tolerance of the losses)
-THROUGH_RUN_TRAIN: dict[str, tuple[tuple[str, ...], float]] = {
-    "hsdp 2x2 x cp 2": ((BATCH(2), REPLICATE(2), SHARD(2), CP(2)), LOSS_TOLERANCE),
+ON_FORKED_RANKS: dict[str, tuple[tuple[str, ...], float]] = {
     "fsdp 4 x tp 2": ((BATCH(2), TP(2)), LOSS_TOLERANCE),
     "fsdp 8, bf16, recompute by operator": (
         (BATCH(1), BF16, "--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
         0.02,
     ),
     "cp 8, deterministic": ((BATCH(8), CP(8), "--debug.deterministic"), LOSS_TOLERANCE),
-}
-ON_FORKED_RANKS: dict[str, tuple[tuple[str, ...], float]] = {
     "ddp 8": ((BATCH(1), REPLICATE(8)), LOSS_TOLERANCE),
     "fsdp 8": ((BATCH(1),), LOSS_TOLERANCE),
     "fsdp 8, cpu offload": ((BATCH(1), "--training.enable_cpu_offload"), LOSS_TOLERANCE),
@@ -54,17 +54,25 @@ ON_FORKED_RANKS: dict[str, tuple[tuple[str, ...], float]] = {
 pytestmark = pytest.mark.slow
 
 
-def run_main(rank: int, world_size: int, argv: list[str]) -> None:
+def run_main(rank: int, world_size: int, argv: list[str], sizes: dict[str, int], told: str) -> None:
+    """On every rank; what they say on stderr goes to the file `told`."""
     from train import main
 
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    resize_tiny(**sizes)
     main(argv)
+
+
+def run_forked(folder: Path, world_size: int, sizes: dict[str, int], *options: str) -> tuple[Run, str]:
+    """The finished run, and what all ranks told."""
+    argv = [*SHORT, *options, f"--job.dump_folder={folder / 'run'}"]
+    run_ranks(run_main, world_size, argv, sizes, str(folder / "told"), timeout=240)
+    return Run(folder / "run"), (folder / "told").read_text()
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("one")
-    run_ranks(run_main, 1, [*SHORT, BATCH(8), f"--job.dump_folder={folder}"])
-    return Run(folder)
+    return run_forked(tmp_path_factory.mktemp("one"), 1, SIZES, BATCH(8))[0]
 
 
 def check(run: Run, one_process: Run, tolerance: float) -> None:
@@ -80,11 +88,10 @@ def check(run: Run, one_process: Run, tolerance: float) -> None:
             assert not torch.equal(whole, torch.zeros_like(whole)), name
 
 
-@pytest.mark.parametrize("name", THROUGH_RUN_TRAIN)
-def test_through_run_train(one_process, tmp_path, name):
-    options, tolerance = THROUGH_RUN_TRAIN[name]
+def test_through_run_train(tmp_path):
+    """As it is given, with the transformer in its full size."""
     done = subprocess.run(
-        ["./run_train.sh", *SHORT[1:], *options, f"--job.dump_folder={tmp_path / 'run'}"],
+        ["./run_train.sh", *SHORT[1:], *THROUGH_RUN_TRAIN, f"--job.dump_folder={tmp_path / 'run'}"],
         cwd=ROOT,
         env=os.environ | {"NGPU": "8", "CONFIG_FILE": "train_configs/flux_tiny.toml"},
         capture_output=True,
@@ -93,11 +100,13 @@ def test_through_run_train(one_process, tmp_path, name):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("[1/6]") == 1 and "8 ranks" in done.stderr
-    check(Run(tmp_path / "run"), one_process, tolerance)
+    (tmp_path / "one").mkdir()
+    check(Run(tmp_path / "run"), run_forked(tmp_path / "one", 1, {}, BATCH(8))[0], LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ON_FORKED_RANKS)
 def test_on_forked_ranks(one_process, tmp_path, name):
     options, tolerance = ON_FORKED_RANKS[name]
-    run_ranks(run_main, 8, [*SHORT, *options, f"--job.dump_folder={tmp_path}"], timeout=240)
-    check(Run(tmp_path), one_process, tolerance)
+    run, told = run_forked(tmp_path, 8, SIZES, *options)
+    assert told.count("[1/6]") == 1 and "8 ranks" in told
+    check(run, one_process, tolerance)

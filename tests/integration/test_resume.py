@@ -16,6 +16,7 @@ from checkpoint.dcp import open_checkpoint
 from checkpoint.lazy import read_all
 from checkpoint.steps import find_steps
 from runtime import exit_codes
+from tests.distributed.ranks import CONTEXT
 from tests.integration.short_runs import TINY, Run
 
 SMALL = [*TINY, "--validation.enable=false", "--training.local_batch_size=4"]
@@ -49,8 +50,24 @@ class Command:
         return self.wait()
 
 
-def run(folder: Path, *options: str, processes: int = 1) -> tuple[int, str]:
-    return Command(folder, *options, processes=processes).wait()
+def run(folder: Path, *options: str) -> tuple[int, str]:
+    """What the command does, in a process that has imported train.py already: that takes longest. As Command.wait."""
+    told = folder.with_name(f"{folder.name}.told")
+    process = CONTEXT.Process(target=train_forked, args=(str(told), [*SMALL, f"--job.dump_folder={folder}", *options]))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode is not None, f"it hangs, and told {told.read_text()}"
+    text = told.read_text()
+    told.unlink()
+    return process.exitcode, text
+
+
+def train_forked(told: str, arguments: list[str]) -> None:
+    from train import main
+
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)
+    main(arguments)
 
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=3", "--training.steps=9")
@@ -59,7 +76,7 @@ SAVING = ("--checkpoint.enable", "--checkpoint.interval=3", "--training.steps=9"
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("straight")
-    assert run(folder, *SAVING)[0] == exit_codes.OK
+    assert Command(folder, *SAVING).wait()[0] == exit_codes.OK
     return Run(folder)
 
 
@@ -84,8 +101,9 @@ def test_two_processes_that_find_nothing_whole(straight, tmp_path):
     assert run(folder, *SAVING, "--training.steps=3")[0] == exit_codes.OK
     shard = folder / "checkpoint" / "step-3" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    for processes in (2, 1):  # and what another start finds is no empty folder
-        code, told = run(folder, *SAVING, "--training.local_batch_size=2", processes=processes)
+    options = (*SAVING, "--training.local_batch_size=2")
+    # And what another start finds is no empty folder.
+    for code, told in (Command(folder, *options, processes=2).wait(), run(folder, *options)):
         assert code == exit_codes.CHECKPOINT, told
         assert told.strip().splitlines()[-1].count("none is whole") == 1
     assert json.loads((folder / "exit.json").read_text())["code"] == exit_codes.CHECKPOINT

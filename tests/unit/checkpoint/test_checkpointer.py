@@ -4,8 +4,10 @@ import errno
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import checkpoint.checkpointer as checkpointer_module
 import checkpoint.dcp
 import checkpoint.safe_metadata
 import checkpoint.steps
+from checkpoint.background import BackgroundSave
 from checkpoint.checkpointer import Checkpointer, Found
 from checkpoint.config import Checkpoint
 from checkpoint.dcp import read_train_state
@@ -479,3 +482,17 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_no_failure(tmp_path, capl
     save_steps(tmp_path, 2, keep_latest_k=1)
     assert "an old checkpoint could not be deleted: [Errno 16] busy" in caplog.text
     assert list(find_steps(tmp_path)) == [1, 2]
+
+
+def test_nothing_of_a_save_still_runs_once_it_was_waited_for():
+    """Its thread is the last that holds the copies, and frees them after the save has ended."""
+
+    class FreedSlowly:
+        def __del__(self):
+            time.sleep(0.3)
+
+    go = threading.Event()
+    save = BackgroundSave(1, partial(lambda _copies: go.wait(), FreedSlowly()))
+    go.set()
+    save.wait()
+    assert save.is_done() and "checkpoint" not in [thread.name for thread in threading.enumerate()]

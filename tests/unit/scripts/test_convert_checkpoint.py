@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoint.dcp import read_train_state, save_weights
 from checkpoint.exchange import open_weights
@@ -23,6 +25,7 @@ from flux.rules import LAYOUTS
 from flux.spec import SPECS
 from scripts import convert_checkpoint
 from scripts.convert_checkpoint import main
+from tests.distributed.ranks import CONTEXT
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT_NAMES = ("bfl", "diffusers", "dcp")
@@ -234,21 +237,23 @@ def test_a_write_that_fails(step, weights, tmp_path, monkeypatch, to):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def convert_and_die(arguments: list[str]) -> None:
+    """In a process of its own."""
+    left = iter(range(40))
+    tqdm.update = lambda self, size: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+    main(arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", LAYOUT_NAMES)
 def test_killed_in_the_middle(step, weights, tmp_path, to):
     """Nothing of it can be taken for the target, and the next conversion clears it away."""
     target = tmp_path / TARGETS[to]
     only = ["--transformer-only"] if to == "diffusers" else []
-    body = f"""
-import os, signal
-from tqdm import tqdm
-from scripts.convert_checkpoint import main
-left = iter(range(40))
-tqdm.update = lambda self, size: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL)
-main({["--to", to, *only, str(step), str(target)]!r})
-"""
-    assert subprocess.run([sys.executable, "-c", body], cwd=ROOT, timeout=120).returncode == -9
+    process = CONTEXT.Process(target=convert_and_die, args=(["--to", to, *only, str(step), str(target)],))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
     assert holds(convert(step, target, to), weights)
     assert list(tmp_path.iterdir()) == [target]
