@@ -2,6 +2,7 @@
 checkpointer are built. The trainer, scripts and benchmarks call them.
 """
 
+import os
 import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -38,6 +39,7 @@ from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
 from parallel.shards import copy_full_, is_saver, local_views
+from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, read_submission
 from training.optimizer import optimizer_tensors
 
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
@@ -218,6 +220,38 @@ def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: M
     tensors = from_native(weights, spec.diffusers_rules)
     test_mode = config.training.test_mode
     write_folder(folder, lambda hidden: save_pipeline(hidden, spec, config.encoder, test_mode, tensors))
+
+
+def build_mllog(config: JobConfig, folder: Path, layout: Layout, train_samples: int, eval_samples: int) -> MLPerfLog:
+    """MLPerf's log of a run, on rank 0.
+
+    Args:
+        train_samples, eval_samples: in the data sets.
+    """
+    training, validation = config.training, config.validation
+    kind = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else "CPU"
+    compute = str(compute_dtype(config)).removeprefix("torch.")
+    degrees = layout.degrees
+    assert config.debug.seed is not None, "settle_seed gives a configuration without a seed one"
+    run = MLPerfRun(
+        submission=read_submission(os.environ, f"{degrees.world}x {kind}"),
+        config_file=config.job.config_file or "",
+        local_batch_size=training.local_batch_size,
+        seed=config.debug.seed,
+        global_batch_size=training.update_size(degrees.dp),
+        accumulation=training.accumulation(degrees.dp),
+        max_norm=training.max_norm,
+        train_samples=train_samples,
+        eval_samples=eval_samples,
+        eval_steps=validation.freq,
+        target_loss=validation.target_loss,
+        linear_precision="float8" if config.model.converters else compute,
+        attention_precision=compute,
+        communication_precision=training.mixed_precision_reduce,
+        tensor_parallel=degrees.tp,
+        context_parallel=degrees.cp,
+    )
+    return MLPerfLog(folder / MLLOG_NAME, run, config.optimizer, config.lr_scheduler)
 
 
 def draw_seed(layout: Layout) -> int:

@@ -62,6 +62,8 @@ class Evaluator:
         """Mean squared error over the held-out samples, with fixed noise and times."""
         end = self.loader.end
         assert end is not None
+        if self.metrics:
+            self.metrics.start_validation(step)
         total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)  # squared error, bad samples
         for raw in self.loader:
             total[0] += self.squared_error(raw)

@@ -28,6 +28,7 @@ from build import (
     PIPELINE_FOLDER,
     build_checkpointer,
     build_encoders,
+    build_mllog,
     build_model,
     build_run_layout,
     checkpoint_tensors,
@@ -140,7 +141,9 @@ class FluxTrainer:
 
         self.metrics: MetricsLogger | None = None
         if layout.rank == 0:
-            self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step)
+            samples = [sum(len(opened.source) for opened in sources) for sources in (data.sources, data.held_out)]
+            mllog = build_mllog(config, folder, layout, *samples) if config.metrics.enable_mllog else None
+            self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
             self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
         self.timer, self.bad, self.noted = StepTimer(), list[BadRecord](), self.cursor
         self.evaluator: Evaluator | None = None
@@ -257,6 +260,8 @@ class FluxTrainer:
         if self.step >= training.steps:
             log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
         first_step = self.step + 1
+        if self.metrics:
+            self.metrics.start_run(self.step)
         while self.step < training.steps:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)

@@ -56,3 +56,4 @@ class Metrics:
     enable_tensorboard: Annotated[bool, "also write TensorBoard event files"] = False
     save_tb_folder: Annotated[str, "folder of the event files, inside the run folder", "[1, inf)"] = "tb"
     enable_wandb: Annotated[bool, "also log to Weights & Biases (WANDB_MODE=offline needs no account)"] = False
+    enable_mllog: Annotated[bool, "write MLPerf's log lines to mllog.txt in the run folder"] = False

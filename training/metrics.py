@@ -8,14 +8,25 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from training.config import Metrics
+from training.mllog import MLPerfLog
 
 METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id.txt"  # in the run folder
 GIB = 2**30
 
 log = logging.getLogger(__name__)
+
+
+class _Sink(Protocol):
+    """A place for figures beside the JSON lines."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_image(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsLogger:
@@ -30,13 +41,24 @@ class MetricsLogger:
         run_config: the resolved configuration, for wandb's table of runs.
         done: the step that a run goes on from, 0 for a new one; what it logged after that step before it was stopped
             will be logged again, and is forgotten here. None: nothing is, lines are added to those of a finished run.
+        mllog: MLPerf's log, which gets the same figures.
     """
 
-    def __init__(self, folder: Path, section: Metrics, run_config: Mapping[str, Any], done: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        section: Metrics,
+        run_config: Mapping[str, Any],
+        done: int | None = None,
+        mllog: MLPerfLog | None = None,
+    ):
         if done is not None:
             drop_lines_after(folder / METRICS_NAME, done)
         self._file = (folder / METRICS_NAME).open("a")
-        self._sinks: dict[str, _TensorBoard | _Wandb] = {}
+        self._sinks: dict[str, _Sink] = {}
+        self._mllog = mllog
+        if mllog is not None:
+            self._sinks["mllog"] = mllog
         if section.enable_tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(folder / section.save_tb_folder, done))
         if section.enable_wandb:
@@ -57,17 +79,26 @@ class MetricsLogger:
         """Shows a picture file in TensorBoard and wandb."""
         self._to_sinks(lambda sink: sink.log_image(step, name, path))
 
+    def start_run(self, step: int) -> None:
+        """Everything is built, after `step` finished steps."""
+        if self._mllog is not None:
+            self._mllog.start_run(step)
+
+    def start_validation(self, step: int) -> None:
+        if self._mllog is not None:
+            self._mllog.start_validation(step)
+
     def close(self) -> None:
         self._to_sinks(lambda sink: sink.close())
         self._file.close()
 
-    def _start(self, name: str, build: "Callable[[], _TensorBoard | _Wandb]") -> None:
+    def _start(self, name: str, build: "Callable[[], _Sink]") -> None:
         try:
             self._sinks[name] = build()
         except Exception as error:
             log.warning("%s is off: %s", name, _one_line(error))
 
-    def _to_sinks(self, action: "Callable[[_TensorBoard | _Wandb], None]") -> None:
+    def _to_sinks(self, action: "Callable[[_Sink], None]") -> None:
         for name, sink in list(self._sinks.items()):
             try:
                 action(sink)

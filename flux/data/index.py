@@ -10,10 +10,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ class Scan(NamedTuple):
     columns: dict[str, np.ndarray]  # a row for each entry; "end": the bytes that the file needs for it
     keys: np.ndarray = np.empty(0, np.uint8)  # the bytes of all, up to the column "key_end" for each; or none
     damage: str = ""  # why it was not read to its end
-    left_out: Mapping[str, int] = MappingProxyType({})  # what is of no use, counted
+    left_out: tuple[tuple[str, int], ...] = ()  # what is of no use, and how many of it
 
 
 class Kind(NamedTuple):
@@ -217,7 +216,7 @@ def _make(path: Path, before: Index | None, kind: Kind, urls: Sequence[str], dat
         scans[number] = scan
     left_out: Counter[str] = Counter()
     for number in todo:
-        left_out.update(scans[number].left_out)
+        left_out.update(dict(scans[number].left_out))
     if left_out:
         counts = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
         log.warning("%s%s: left out %s", urls[todo[0]], _others(todo), counts)
@@ -277,7 +276,7 @@ def _describe_damage(index: Index, number: int, kind: Kind) -> str:
     """Of one file, in words; "" where there is none."""
     file, rows = index.files[number], index.rows(number)
     size = present_size(file.url) if is_local(file.url) else file.bytes
-    if size < file.bytes:
+    if max(0, size) < file.bytes:
         left = int((index.columns["end"][rows] <= size).sum())
         state = "is lost or may not be read" if size < 0 else "is cut short"
         return (

@@ -57,7 +57,9 @@ def build_source(
     kind, path, key = dataset, dataset_path, f"{section}.dataset_path"
     if dataset in PRESETS:
         preset = PRESETS[dataset]
-        kind, path, key = preset.kind, dataset_path or preset.url, key if dataset_path else f"{section}.dataset"
+        kind = preset.kind
+        if path is None and preset.url is not None:
+            path, key = preset.url, f"{section}.dataset"
         data = replace(
             data,
             image_field=data.image_field or preset.image_field,

@@ -195,7 +195,7 @@ def _pack(size: int, found: dict[bytes, _Found], damage: str, left_out: Counter[
         "end": np.maximum(ranges[:, :2].sum(axis=1), ranges[:, 2:].sum(axis=1)),
         "key_end": np.cumsum([len(key) for key in samples], dtype=np.int64),
     }
-    return Scan(size, columns, np.frombuffer(b"".join(samples), np.uint8), damage, left_out)
+    return Scan(size, columns, np.frombuffer(b"".join(samples), np.uint8), damage, tuple(left_out.items()))
 
 
 def list_members(tar: BinaryIO, length: int) -> Iterator[Member]:

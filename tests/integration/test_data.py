@@ -261,3 +261,14 @@ def test_a_mixture_of_data_sets(tars, tmp_path):
     options = ["--encoder.max_t5_encoding_len=12", "--training.mixed_precision_param=float32", NO_VALIDATION]
     main([*TINY, f"--job.config_file={file}", *options, f"--job.dump_folder={tmp_path / 'run'}"])
     assert len(Run(tmp_path / "run").series("loss")) == 4
+
+
+def test_mlperfs_log_of_a_run(train):
+    run = train("--metrics.enable_mllog", "--validation.freq=2", "--validation.target_loss=100")
+    lines = [json.loads(line.removeprefix(":::MLLOG ")) for line in (run.folder / "mllog.txt").open()]
+    keys = [line["key"] for line in lines if line["key"] not in ("tracked_stats",)]
+    assert keys[:2] == ["cache_clear", "init_start"] and {"submission_benchmark", "global_batch_size"} <= set(keys)
+    expected = ["init_stop", "run_start", "block_start", "block_stop", "eval_start", "eval_accuracy", "eval_stop"]
+    assert keys[-8:] == [*expected, "run_stop"]
+    assert lines[-1]["metadata"]["status"] == "success"
+    assert [line["value"] for line in lines if line["key"] == "eval_accuracy"] == run.series("validation_loss")
