@@ -39,10 +39,11 @@ from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
 from parallel.shards import copy_full_, is_saver, local_views
-from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, read_submission
+from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
 from training.optimizer import optimizer_tensors
 
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
+STARTED_MS = now_ms()  # about when the program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG_FILE, EXPORT_FOLDER = "config.toml", "export"  # in the run folder
 # In the folder of exports.
@@ -235,7 +236,7 @@ def build_mllog(config: JobConfig, folder: Path, layout: Layout, train_samples: 
     assert config.debug.seed is not None, "settle_seed gives a configuration without a seed one"
     run = MLPerfRun(
         submission=read_submission(os.environ, f"{degrees.world}x {kind}"),
-        config_file=config.job.config_file or "",
+        config_file=config.job.config_file or "none",
         local_batch_size=training.local_batch_size,
         seed=config.debug.seed,
         global_batch_size=training.update_size(degrees.dp),
@@ -247,11 +248,11 @@ def build_mllog(config: JobConfig, folder: Path, layout: Layout, train_samples: 
         target_loss=validation.target_loss,
         linear_precision="float8" if config.model.converters else compute,
         attention_precision=compute,
-        communication_precision=training.mixed_precision_reduce,
+        communication_precision="bfloat16" if "bfloat16" in (compute, training.mixed_precision_reduce) else "float32",
         tensor_parallel=degrees.tp,
         context_parallel=degrees.cp,
     )
-    return MLPerfLog(folder / MLLOG_NAME, run, config.optimizer, config.lr_scheduler)
+    return MLPerfLog(folder / MLLOG_NAME, run, config.optimizer, config.lr_scheduler, STARTED_MS)
 
 
 def draw_seed(layout: Layout) -> int:

@@ -30,6 +30,12 @@ def find_data_faults(config: JobConfig) -> Iterator[Finding]:
                 (f"{section}.dataset", f"{section}.dataset_path"),
                 f"{section}.dataset={show(dataset)} needs {section}.dataset_path: set it to {_NEEDING_PATH[dataset]}",
             )
+    if config.encoder.mask_padding and "mlperf" in (training.dataset, *(one.dataset for one in config.data.sources)):
+        yield (
+            ("encoder.mask_padding", "training.dataset"),
+            'encoder.mask_padding=true cannot hide the padding of training.dataset="mlperf", which does not tell where '
+            "it is: set it to false, as that data set was encoded",
+        )
     yield from _mixture(config)
     yield from _buckets(config)
 

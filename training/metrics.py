@@ -56,7 +56,6 @@ class MetricsLogger:
             drop_lines_after(folder / METRICS_NAME, done)
         self._file = (folder / METRICS_NAME).open("a")
         self._sinks: dict[str, _Sink] = {}
-        self._mllog = mllog
         if mllog is not None:
             self._sinks["mllog"] = mllog
         if section.enable_tensorboard:
@@ -81,12 +80,10 @@ class MetricsLogger:
 
     def start_run(self, step: int) -> None:
         """Everything is built, after `step` finished steps."""
-        if self._mllog is not None:
-            self._mllog.start_run(step)
+        self._to_mllog(lambda mllog: mllog.start_run(step))
 
     def start_validation(self, step: int) -> None:
-        if self._mllog is not None:
-            self._mllog.start_validation(step)
+        self._to_mllog(lambda mllog: mllog.start_validation(step))
 
     def close(self) -> None:
         self._to_sinks(lambda sink: sink.close())
@@ -97,6 +94,9 @@ class MetricsLogger:
             self._sinks[name] = build()
         except Exception as error:
             log.warning("%s is off: %s", name, _one_line(error))
+
+    def _to_mllog(self, action: Callable[[MLPerfLog], None]) -> None:
+        self._to_sinks(lambda sink: action(sink) if isinstance(sink, MLPerfLog) else None)
 
     def _to_sinks(self, action: "Callable[[_Sink], None]") -> None:
         for name, sink in list(self._sinks.items()):

@@ -1,4 +1,4 @@
-"""Several ranks over data with damage: all that was bad is written down once, and the numbers are those of one process."""
+"""Several ranks over data with damage: what was bad is written down once, and the numbers are those of one process."""
 
 import io
 import json

@@ -16,6 +16,7 @@ from parallel.degrees import Degrees
 from parallel.mesh import Layout
 from scripts import preencode
 from tests.integration.short_runs import TINY, Run
+from tests.unit.flux.data.test_mlperf import LENGTH, ROWS, write_empty, write_files
 from train import FluxTrainer, main
 
 # Batches of other sizes round differently, in fp32 and in bfloat16.
@@ -272,3 +273,25 @@ def test_mlperfs_log_of_a_run(train):
     assert keys[-8:] == [*expected, "run_stop"]
     assert lines[-1]["metadata"]["status"] == "success"
     assert [line["value"] for line in lines if line["key"] == "eval_accuracy"] == run.series("validation_loss")
+
+
+def test_mlperfs_protocol_on_a_few_samples(train, tmp_path):
+    """Without any encoder; the times of validation are those of the data set."""
+    write_files(tmp_path / "set", ROWS)
+    write_empty(tmp_path / "empty_encodings")
+    options = {
+        "training.dataset": "mlperf",
+        "training.dataset_path": tmp_path / "set",
+        "training.classifier_free_guidance_prob": 0.5,
+        "encoder.max_t5_encoding_len": LENGTH,
+        "encoder.t5_encoder": tmp_path / "nowhere",
+        "validation.dataset": "mlperf",
+        "validation.dataset_path": tmp_path / "set",
+        "validation.times": "eighths",
+        "validation.steps": -1,
+        "validation.eval_freq": 0,
+    }
+    run = train(*(f"--{name}={value}" for name, value in options.items()))
+    assert len(run.series("loss")) == 4 and len(run.series("validation_loss")) == 1
+    again = train(*(f"--{name}={value}" for name, value in options.items()), "--training.local_batch_size=4")
+    assert again.series("validation_loss") != run.series("validation_loss"), "other updates"

@@ -80,6 +80,11 @@ def test_buckets(tmp_path, options, error):
     assert error in errors_of(tmp_path, "", "--data.buckets.enable", *options)
 
 
+def test_padding_that_cannot_be_found_is_not_hidden(tmp_path):
+    options = ("--training.dataset=mlperf", "--training.dataset_path=x")
+    assert "encoder.mask_padding=true cannot hide" in errors_of(tmp_path, "", *options, "--encoder.mask_padding")
+
+
 def test_what_is_probably_not_meant():
     warning = warnings_of("--training.dataset=parquet", "--training.dataset_path=x")
     assert "data.shuffle_window=0 shuffles all of the parquet files" in warning

@@ -1,10 +1,10 @@
 import json
 import math
 
+import matplotlib.figure
 import numpy
 from PIL import Image
 
-from training import plots
 from training.plots import running_mean, save_loss_curve
 
 
@@ -17,12 +17,12 @@ def drawn_series(monkeypatch, lines, tmp_path):
     """What ends up in the figure: label -> (steps, values)."""
     drawn = {}
 
-    class Recorder(plots.Figure):
+    class Recorder(matplotlib.figure.Figure):
         def savefig(self, *args, **kwargs):
             drawn.update({line.get_label(): line.get_xydata() for line in self.axes[0].lines})
             return super().savefig(*args, **kwargs)
 
-    monkeypatch.setattr(plots, "Figure", Recorder)
+    monkeypatch.setattr(matplotlib.figure, "Figure", Recorder)
     save_loss_curve(write_metrics(tmp_path / "metrics.jsonl", lines), tmp_path / "loss.png")
     return drawn
 

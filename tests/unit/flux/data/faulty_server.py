@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Serves `files`, with ranges. Each of `faults` spoils one GET: "500", "stall", "cut", "short", "403" or "no range"."""
+    """Serves `files`, with ranges. Each of `faults` spoils a GET: "500", "403", "stall", "cut", "short", "no range"."""
 
     daemon_threads = True
 

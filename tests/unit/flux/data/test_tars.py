@@ -2,12 +2,14 @@
 
 import gzip
 import io
+import itertools
 import json
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flux.config import Data
@@ -37,7 +39,7 @@ def scan(tmp_path, content: bytes, prefer_json: bool = False):
 
 def keys(scan) -> list[str]:
     ends = [0, *scan.columns["key_end"]]
-    return [scan.keys[start:end].tobytes().decode() for start, end in zip(ends, ends[1:], strict=False)]
+    return [scan.keys[start:end].tobytes().decode() for start, end in itertools.pairwise(ends)]
 
 
 def read_all(source) -> list:
@@ -359,8 +361,7 @@ def test_lost_while_it_is_read(tmp_path, data):
 def test_huge_members_are_not_read(tmp_path, data, monkeypatch):
     monkeypatch.setattr("flux.data.tars.MAX_FILE_BYTES", 1000)
     monkeypatch.setattr("flux.data.tars.MAX_JSON_BYTES", 10)
-    small = PICTURES[0]._replace(data=b"small")
-    write_tar(tmp_path / "a.tar", sample("a") + [("b.jpg", small.data), ("b.txt", b"x" * 11)])
+    write_tar(tmp_path / "a.tar", [*sample("a"), ("b.jpg", b"small"), ("b.txt", b"x" * 11)])
     assert read_all(WebDatasetSource(str(tmp_path), data)) == ["too_large", "bad_caption"]
 
 
@@ -397,10 +398,20 @@ def test_remote_tars(server, tmp_path, gigabytes):
     assert [shard.name for shard in again.shards] == ["0.tar", "1.tar"]
 
 
+def test_workers_that_were_forked_read_over_the_network(server, tmp_path):
+    """The process that forks them has connections of its own by then."""
+    source = WebDatasetSource(server.url("{0..1}.tar"), Data(index_folder=str(tmp_path / "index"), index_workers=0))
+    first = source[0]
+    loader = torch.utils.data.DataLoader(source, batch_size=None, collate_fn=tuple, num_workers=2, timeout=20)
+    found = list(loader)
+    assert [one[0] for one in found] == [picture.data for picture in PICTURES] and found[0] == tuple(first)
+    assert source[5].image == PICTURES[5].data
+
+
 def test_a_remote_shard_that_is_gone(server, tmp_path):
     data = Data(index_folder=str(tmp_path / "index"), index_workers=0)
     with pytest.raises(DataError, match=r"2\.tar cannot be read \(.*2\.tar.*\) \(0 samples before that\)"):
         WebDatasetSource(server.url("{0..2}.tar"), data)
     source = WebDatasetSource(server.url("{0..1}.tar"), data)
     server.files.pop("1.tar")
-    assert [one if isinstance(one, str) else one.key for one in read_all(source)][2:] == ["coffee", *["unreadable"] * 3]
+    assert read_all(source)[3:] == ["unreadable"] * 3 and source[2].key == "coffee"
