@@ -30,7 +30,7 @@ from config.job_config import JobConfig
 from config.parse import load_config
 from flux.config import DataSource, Validation
 from flux.data.build import ENCODED, RunData, open_data, shown_sizes
-from flux.data.cache import FORMAT, PARTS, CacheSettings
+from flux.data.cache import BAD_SAMPLES_FILE, FORMAT, PARTS, CacheSettings
 from flux.data.cache_writer import CacheWriter, SamplesToEncode, check_parts, claim_cache, estimate_bytes
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
@@ -179,10 +179,7 @@ def preencode(arguments: argparse.Namespace, config: JobConfig, layout: Layout) 
             done += encoded
             bar.update(encoded)
             check_share(writer, run.data.max_bad_fraction, done)
-    bad = {reason: number for reason, number in writer.bad.items() if number}
-    if bad:
-        log.warning("bad samples among the %d of this process: %s", done, ", ".join(f"{n} {r}" for r, n in bad.items()))
-    log.info("done: %s, train with training.dataset=cache", arguments.out)
+    log.info("done: train with training.dataset=cache; %s names what was bad", arguments.out / BAD_SAMPLES_FILE)
 
 
 def time_batch(writer: CacheWriter, samples: SamplesToEncode) -> float:

@@ -2,6 +2,7 @@
 
     cache.json                  what it is made of and by which encoders
     empty.safetensors           features of the empty prompt
+    bad_samples.jsonl           which samples could not be encoded, and why
     shard-00000.safetensors     samples 0 .. samples_per_shard - 1 of the data set, and so on
 
 A shard holds rows of varying length in one tensor each, with the row at which every sample begins:
@@ -31,7 +32,7 @@ from flux.data.errors import REASONS, BadSample, DataError
 from flux.data.sample import EncodedSample, Shard
 from flux.spec import LATENT_STRIDE
 
-CACHE_FILE, EMPTY_FILE = "cache.json", "empty.safetensors"
+CACHE_FILE, EMPTY_FILE, BAD_SAMPLES_FILE = "cache.json", "empty.safetensors", "bad_samples.jsonl"
 FORMAT = 1
 PARTS = ("moments", "t5", "clip")  # a cache always has the moments
 OPEN_SHARDS = 32  # files that a process keeps open

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flux.data.cache import (
+    BAD_SAMPLES_FILE,
     CACHE_FILE,
     EMPTY_FILE,
     PARTS,
@@ -51,13 +52,21 @@ class Features(NamedTuple):
     pooled_V: Tensor | None
 
 
+class Bad(NamedTuple):
+    """What is wrong with a sample."""
+
+    reason: Reason
+    detail: str
+    shard: str  # of the data set
+
+
 class Entry(NamedTuple):
     """One sample on its way into a shard."""
 
     number: int  # in the data set
     key: str
     caption: str = ""
-    reason: Reason | None = None  # why there is nothing to encode
+    bad: Bad | None = None  # why there is nothing to encode
     inputs: ToEncode | None = None
     features: Features | None = None
 
@@ -72,15 +81,15 @@ class SamplesToEncode(Dataset):
         self.seed = seed
 
     def __getitem__(self, number: int) -> Entry:
-        key = ""
+        key = shard = ""
         size = (int(self.sizes[number][0]), int(self.sizes[number][1]))
         try:
             sample = self.opened.source[number]
             assert isinstance(sample, Sample), "what is encoded is not encoded again"
-            key = sample.key
+            key, shard = sample.key, sample.shard
             image = decode_image(sample.image, self.opened.rules, size)
         except BadSample as error:
-            return Entry(number, error.key or key, reason=error.reason)
+            return Entry(number, error.key or key, bad=Bad(error.reason, error.detail, error.shard or shard))
         crop = keyed_generator(self.seed, "cache/crop", number) if self.opened.random_crop else None
         caption = choose_caption(sample.captions, keyed_generator(self.seed, "cache/caption", number))
         tokens = {part: ids[0] for part, ids in self.tokenizer([caption]).items()}
@@ -122,8 +131,8 @@ class CacheWriter:
         """One batch through the encoders, in the very calls that training makes."""
         inputs = [entry.inputs for entry in prepared if entry.inputs is not None]
         for entry in prepared:
-            if entry.reason is not None:
-                self.bad[entry.reason] += 1
+            if entry.bad is not None:
+                self.bad[entry.bad.reason] += 1
         features = iter(self._features(inputs) if inputs else [])
         return [
             entry if entry.inputs is None else entry._replace(inputs=None, features=next(features))
@@ -160,7 +169,8 @@ class CacheWriter:
             "moments_start": make_starts([0 if one is None else one.moments_CHW.numel() for one in made]),
             "size": torch.from_numpy(sizes[[entry.number for entry in entries]].astype(np.int32)),
             "reason": torch.tensor(
-                [0 if entry.reason is None else 1 + REASONS.index(entry.reason) for entry in entries], dtype=torch.uint8
+                [0 if entry.bad is None else 1 + REASONS.index(entry.bad.reason) for entry in entries],
+                dtype=torch.uint8,
             ),
         }
         tensors["caption"], tensors["caption_start"] = pack_texts([entry.caption for entry in entries])
@@ -178,6 +188,11 @@ class CacheWriter:
                 [blank_V if one is None or one.pooled_V is None else one.pooled_V for one in made]
             )
         save_whole(tensors, self.folder / shard_name(shard))
+        with (self.folder / BAD_SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            for entry in entries:
+                if entry.bad:
+                    line = {"number": entry.number, "key": entry.key, **entry.bad._asdict()}
+                    file.write(json.dumps(line) + "\n")
 
     def t5_tensors(self, rows_LE: Tensor) -> dict[str, Tensor]:
         """T5 features in the number format of the cache."""

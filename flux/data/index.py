@@ -78,12 +78,8 @@ class Index:
         self._key_ends = np.cumsum([file.key_bytes for file in self.files])
         self.names = name_files([file.url for file in self.files])
 
-    # The arrays do not travel to other processes, which map the file themselves.
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        Index.__init__(self, path)
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return Index, (self.path,)  # other processes map the file themselves
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -195,18 +191,20 @@ def _outdated(index: Index, data: Data) -> list[int]:
 
 def _make(path: Path, before: Index | None, kind: Kind, urls: Sequence[str], data: Data, show_progress: bool) -> None:
     """Reads files and writes the index, keeping what an earlier one says of files that are as they were."""
-    todo = list(range(len(urls))) if before is None else _outdated(before, data)
-    if not todo:
-        return
-    grown = [urls[number] for number in todo if before is not None and not before.files[number].damage]
-    if grown:
-        log.warning("%s%s: longer than when it was indexed, and read again", grown[0], _others(grown))
-    scans = {number: before.scan(number) for number in range(len(urls)) if number not in set(todo)} if before else {}
+    todo, scans = list(range(len(urls))), {}
+    if before is not None:
+        todo = _outdated(before, data)
+        if not todo:
+            return
+        scans = {number: before.scan(number) for number in range(len(urls))}
+        grown = [urls[number] for number in todo if not before.files[number].damage]
+        if grown:
+            log.warning("%s%s: longer than when it was indexed, and read again", grown[0], _others(grown))
     loader = DataLoader(
         _Scans([urls[number] for number in todo], kind.scan),
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=min(data.index_workers, len(todo)) if len(todo) > 1 else 0,
+        num_workers=min(data.index_workers, len(todo), len(os.sched_getaffinity(0))) if len(todo) > 1 else 0,
         generator=torch.Generator(),  # NOTE: without one it draws from the global generator
     )
     found = tqdm(loader, f"indexing {kind.name}", len(todo), unit="file", disable=None if show_progress else True)
@@ -218,7 +216,7 @@ def _make(path: Path, before: Index | None, kind: Kind, urls: Sequence[str], dat
     for number in todo:
         left_out.update(dict(scans[number].left_out))
     if left_out:
-        counts = ", ".join(f"{count:,} {what}" for what, count in sorted(left_out.items()))
+        counts = ", ".join(f"{what} ({count:,})" for what, count in sorted(left_out.items()))
         log.warning("%s%s: left out %s", urls[todo[0]], _others(todo), counts)
     _save(path, urls, [scans[number] for number in range(len(urls))])
 

@@ -130,7 +130,8 @@ class ShardCache:
             copy.truncate(0)
             self._make_room(file.bytes, copy)
             for start in range(0, file.bytes, BLOCK_BYTES):
-                os.pwrite(copy.fileno(), read_range(file.url, start, min(BLOCK_BYTES, file.bytes - start)), start)
+                copy.write(read_range(file.url, start, min(BLOCK_BYTES, file.bytes - start)))
+            copy.seek(0)  # writes what is left in the buffer too
             os.fsync(copy.fileno())
             with self._locked():
                 part.rename(path)

@@ -92,23 +92,35 @@ class WebDatasetSource:
 
     def _read(self, index: int) -> tuple[bytes, bytes]:
         """Picture and caption, at once where they lie together."""
-        image_start, image_size = map(int, self._index.columns["image"][index])
-        caption_start, caption_size = map(int, self._index.columns["caption"][index])
-        if image_size > MAX_FILE_BYTES:
-            raise BadSample("too_large", f"a file of {image_size:,} bytes, and {MAX_FILE_BYTES:,} are allowed")
-        if caption_size > MAX_JSON_BYTES:
-            raise BadSample("bad_caption", f"a file of {caption_size:,} bytes, and {MAX_JSON_BYTES:,} are allowed")
-        if not self._index.columns["caption_kind"][index]:
+        columns = self._index.columns
+        image, caption = columns["image"][index].tolist(), columns["caption"][index].tolist()
+        if image[1] > MAX_FILE_BYTES:
+            raise BadSample("too_large", f"a file of {image[1]:,} bytes, and {MAX_FILE_BYTES:,} are allowed")
+        if caption[1] > MAX_JSON_BYTES:
+            raise BadSample("bad_caption", f"a file of {caption[1]:,} bytes, and {MAX_JSON_BYTES:,} are allowed")
+        if not columns["caption_kind"][index]:
             raise BadSample("no_caption", f"its tar has no member of its name that ends in {' or '.join(CAPTIONS)}")
-        file = self._files[self._index.locate(index)]
-        start = min(image_start, caption_start)
-        length = max(image_start + image_size, caption_start + caption_size) - start
-        if length > image_size + caption_size + GAP_BYTES:
-            image = self._reader.read(file, image_start, image_size)
-            return image, self._reader.read(file, caption_start, caption_size)
-        data = self._reader.read(file, start, length)
-        image_start, caption_start = image_start - start, caption_start - start
-        return data[image_start : image_start + image_size], data[caption_start : caption_start + caption_size]
+        start, end = min(image[0], caption[0]) - BLOCK, max(sum(image), sum(caption))
+        if end - start > image[1] + caption[1] + GAP_BYTES:
+            return self._read_member(index, *image), self._read_member(index, *caption)
+        data = self._read_range(index, start, end)
+        return self._take(data, image[0] - start, image[1]), self._take(data, caption[0] - start, caption[1])
+
+    def _read_member(self, index: int, start: int, size: int) -> bytes:
+        return self._take(self._read_range(index, start - BLOCK, start + size), BLOCK, size)
+
+    def _read_range(self, index: int, start: int, end: int) -> bytes:
+        return self._reader.read(self._files[self._index.locate(index)], start, end - start)
+
+    def _take(self, data: bytes, start: int, size: int) -> bytes:
+        """A member, if the header before it still says so: tars that are packed anew often keep their size."""
+        try:
+            told = _parse_header(data[start - BLOCK : start], start)[2]
+        except TarDamage:
+            told = -1
+        if told not in (size, 0):  # 0: an extended header has said it
+            raise OSError(f"its tar is not as it was when it was indexed: delete {self._index.path}")
+        return data[start : start + size]
 
     def _parse(self, index: int, caption: bytes) -> tuple[str, ...]:
         kind = CAPTIONS[self._index.columns["caption_kind"][index] - 1]

@@ -150,7 +150,7 @@ def test_buckets_go_through_a_cache(train, data, tmp_path):
 def test_a_cache_goes_on_where_it_stopped(data, tmp_path):
     folder = encode(tmp_path, data)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
-    (folder / shard_name(1)).unlink()
+    (folder / shard_name(1)).unlink()  # of samples without a bad one
     encode(tmp_path, data)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 

@@ -14,6 +14,7 @@ from build import build_encoders
 from config.parse import load_config
 from flux.config import DataLoader
 from flux.data.cache import (
+    BAD_SAMPLES_FILE,
     CACHE_FILE,
     EMPTY_FILE,
     FORMAT,
@@ -127,6 +128,8 @@ def test_the_same_batch_is_encoded_to_the_same_bits(tmp_path, tokenizer, options
 def test_bad_samples_are_noted_and_replaced(cache):
     folder, writer = cache
     assert {reason: count for reason, count in writer.bad.items() if count} == {"damaged": 1}
+    (line,) = (json.loads(line) for line in (folder / BAD_SAMPLES_FILE).open())
+    assert (line["number"], line["reason"], line["shard"], line["key"]) == (BAD, "damaged", "noise", f"key {BAD}")
     source = open_cache(folder, make_config())
     with pytest.raises(BadSample) as caught:
         source[BAD]
@@ -288,7 +291,9 @@ def test_travels_to_workers(cache):
 def test_the_estimate_is_the_size(cache):
     folder, writer = cache
     sizes = np.full((SAMPLES, 2), 32)
-    written = sum(file.stat().st_size for file in folder.iterdir() if file.name not in (CACHE_FILE, EMPTY_FILE))
+    written = sum(
+        file.stat().st_size for file in folder.iterdir() if file.name not in (CACHE_FILE, EMPTY_FILE, BAD_SAMPLES_FILE)
+    )
     estimate = estimate_bytes(writer.settings, sizes, SPEC) * (SAMPLES - 1) / SAMPLES  # one is bad
     assert 1 <= written / estimate < 1.2, "the rest are headers, captions and keys"
 

@@ -131,6 +131,16 @@ def test_a_file_that_grows_is_read_again_alone(files, data, caplog):
     assert index.columns["length"].tolist() == [3, 3, 5, 4, 4, 4, 3]
 
 
+def test_a_file_that_was_empty_may_grow(tmp_path, data):
+    files = [str(tmp_path / name) for name in ("a.x", "b.x")]
+    for file in files:
+        Path(file).touch()
+    with pytest.raises(DataError, match="no lines in"):
+        open_index(lines(), files, data, KEY)
+    Path(files[1]).write_text("one\n")
+    assert all_keys(open_index(lines(), files, data, KEY)) == ["one"]
+
+
 def test_damage_stops_until_it_is_mended(files, data):
     scanned: list[str] = []
     whole = Path(files[0]).read_text()

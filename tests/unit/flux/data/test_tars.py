@@ -144,8 +144,8 @@ def test_doubles_and_strangers_are_left_out_and_told(tmp_path, data, caplog):
     source = WebDatasetSource(str(tmp_path), data)
     assert len(source) == 1 and source[0].image == JPEG and source[0].captions == ("first",)
     assert (
-        "left out 1 captions without a picture, 4 members of other kinds, 1 second captions of a sample, "
-        "2 second pictures of a sample" in caplog.text
+        "left out captions without a picture (1), members of other kinds (4), second captions of a sample (1), "
+        "second pictures of a sample (2)" in caplog.text
     )
 
 
@@ -210,7 +210,7 @@ def pax_size(size: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + record.encode().ljust(512, b"\0")
 
 
-def test_large_numbers(tmp_path):
+def test_large_numbers(tmp_path, data):
     plain = write_tar(tmp_path / "plain.tar", sample("a")).read_bytes()
     expected = scan(tmp_path, plain).columns["image"].tolist()
     assert expected == [[512, len(JPEG)]]
@@ -219,6 +219,7 @@ def test_large_numbers(tmp_path):
     wrong[124:136] = b"00000000000\0"
     shifted = scan(tmp_path, pax_size(len(JPEG)) + bytes(with_checksum(wrong)) + plain[512:])
     assert shifted.columns["image"].tolist() == [[1536, len(JPEG)]] and not shifted.damage
+    assert WebDatasetSource(str(tmp_path / "scanned.tar"), data)[0].image == JPEG
 
 
 def test_a_size_that_is_far_into_the_file_is_found(tmp_path):
@@ -356,6 +357,23 @@ def test_lost_while_it_is_read(tmp_path, data):
     assert read_all(source) == [source[0], "unreadable", "unreadable"]
     (tmp_path / "a.tar").unlink()
     assert read_all(source) == ["unreadable"] * 3
+
+
+def test_a_tar_that_was_packed_anew_is_noticed(tmp_path, data):
+    """Its size is the same, as tars are filled up; a caption of another length is not where it was, or not as long."""
+    before = [*sample("a", "x" * 400), *sample("b", "before"), *sample("c", "same")]
+    size = write_tar(tmp_path / "a.tar", before).stat().st_size
+    source = WebDatasetSource(str(tmp_path), data)
+    for a, b in (("x" * 400, "afterwards"), ("x" * 600, "before")):
+        write_tar(tmp_path / "a.tar", [*sample("a", a), *sample("b", b), *sample("c", "same")])
+        assert (tmp_path / "a.tar").stat().st_size == size
+        found = read_all(WebDatasetSource(str(tmp_path), data))
+        if len(a) == 400:
+            assert [found[0].captions, found[1], found[2].captions] == [("x" * 400,), "unreadable", ("same",)]
+        else:
+            assert found == ["unreadable"] * 3
+    with pytest.raises(BadSample, match=r"is not as it was when it was indexed: delete .*index"):
+        source[1]
 
 
 def test_huge_members_are_not_read(tmp_path, data, monkeypatch):
