@@ -187,6 +187,15 @@ def test_a_long_path_of_posix_is_put_together(tmp_path, data):
     assert WebDatasetSource(str(tmp_path), data)[0].key == name
 
 
+def test_gnu_keeps_times_where_posix_has_a_folder(tmp_path, data):
+    content = write_tar(tmp_path / "a.tar", sample("a"), tarfile.GNU_FORMAT).read_bytes()
+    header = bytearray(content[:512])
+    header[345:357] = b"14755620212\0"
+    (tmp_path / "a.tar").write_bytes(bytes(with_checksum(header)) + content[512:])
+    source = WebDatasetSource(str(tmp_path), data)
+    assert len(source) == 1 and source[0].key == "a" and source[0].captions == ("a cat",)
+
+
 def binary_size(content: bytes) -> bytes:
     """The first header's size in GNU's base-256 form, and its checksum."""
     header = bytearray(content[:512])
