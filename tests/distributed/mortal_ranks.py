@@ -53,9 +53,9 @@ class MortalRanks:
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines()] if path.exists() else []
         return [line[-1] for line in lines if line[0] == word]
 
-    def await_word(self, word: str) -> None:
-        """Until the first rank has told something under a word, or is dead."""
-        self._await(lambda: bool(self.told(word)) or not self._ranks[0].is_alive())
+    def await_word(self, word: str, times: int = 1) -> None:
+        """Until the first rank has told something under a word so many times, or is dead."""
+        self._await(lambda: len(self.told(word)) >= times or not self._ranks[0].is_alive())
 
     def kill(self, ranks: list[int]) -> None:
         for rank in ranks:
