@@ -111,7 +111,7 @@ class FluxTrainer:
         self.shards = data.describe_shards()
         self._check_shards(saved)
         tokenizer = build_tokenizer(config.encoder, training.test_mode) if data.needed_parts - {"autoencoder"} else None
-        deal = Deal(self.seed, layout.dp_rank, degrees.dp)
+        deal = Deal(self.seed, layout.dp_rank, degrees.dp, degrees.cp)
         self.loader = build_training_loader(data, tokenizer, deal, self.cursor)
         log_stage(2, STAGES, "data", f"{data.describe()}, {training.describe_update(degrees.dp)}")
 
@@ -139,7 +139,7 @@ class FluxTrainer:
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
         log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
 
-        self.metrics: MetricsLogger | None = None
+        self.metrics: MetricsLogger | None = None  # on rank 0
         if layout.rank == 0:
             samples = [sum(len(opened.source) for opened in sources) for sources in (data.sources, data.held_out)]
             mllog = build_mllog(config, folder, layout, *samples) if config.metrics.enable_mllog else None
@@ -158,6 +158,9 @@ class FluxTrainer:
 
     def _check_shards(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError for a checkpoint whose positions mean other samples."""
+        size = saved.get("update_size", self.update_size)
+        if self.config.data.buckets.enable and size != self.update_size:
+            raise ValueError(f"training.global_batch_size must stay {size}: buckets cut the data into such updates")
         if change := find_data_change(saved.get("shards", self.shards), self.shards):
             raise ValueError(
                 f"training.dataset is not what the checkpoint was trained on: {change}: give the same shards (and keep "
@@ -352,16 +355,14 @@ class FluxTrainer:
     def _note_bad_samples(self) -> None:
         """Tells what could not be used since the last call; raises DataError when that is too much."""
         samples, self.noted = self.cursor - self.noted, self.cursor
-        bad, self.bad = [record._asdict() for record in self.bad if self.layout.leads_group], []
-        some = bool(self.layout.sum(torch.tensor(len(bad), device=self.device)))
+        bad, self.bad = [record._asdict() for record in self.bad], []
+        some = self.layout.any(bool(bad))
         texts = self.layout.gather_texts(f"bad samples {self.step}", json.dumps(bad)) if some else []
-        if self.metrics:
-            counts = self.bad_samples.note(samples, [record for text in texts for record in json.loads(text)])
-            if counts:
-                self.metrics.log(self.step, counts)
-        if some and (
-            complaint := self.layout.from_rank_0(f"complaint {self.step}", lambda: self.bad_samples.complaint())
-        ):
+        sharing = self.layout.degrees.cp * self.layout.degrees.tp
+        if self.metrics and (counts := self.bad_samples.note(samples, [json.loads(text) for text in texts], sharing)):
+            self.metrics.log(self.step, counts)
+        name, complain = f"complaint {self.step}", lambda: self.bad_samples.complaint()
+        if some and (complaint := self.layout.from_rank_0(name, complain)):
             raise DataError(complaint)
 
 

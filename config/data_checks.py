@@ -30,7 +30,11 @@ def find_data_faults(config: JobConfig) -> Iterator[Finding]:
                 (f"{section}.dataset", f"{section}.dataset_path"),
                 f"{section}.dataset={show(dataset)} needs {section}.dataset_path: set it to {_NEEDING_PATH[dataset]}",
             )
-    if config.encoder.mask_padding and "mlperf" in (training.dataset, *(one.dataset for one in config.data.sources)):
+    if config.encoder.mask_padding and "mlperf" in (
+        training.dataset,
+        validation.dataset,
+        *(one.dataset for one in config.data.sources),
+    ):
         yield (
             ("encoder.mask_padding", "training.dataset"),
             'encoder.mask_padding=true cannot hide the padding of training.dataset="mlperf", which does not tell where '
@@ -47,9 +51,10 @@ def find_data_doubts(config: JobConfig) -> Iterator[str]:
         ("training", training.dataset, training.dataset_path),
         ("validation", validation.dataset or training.dataset, validation.dataset_path),
     ):
-        if dataset in ("shapes", "mixture") and path is not None:
-            reason = "shapes draws its own pictures" if dataset == "shapes" else "every one of data.sources has its own"
-            yield f"{section}.dataset_path={show(path)} is not read: {reason}"
+        if dataset == "shapes" and path is not None:
+            yield f"{section}.dataset_path={show(path)} is not read: shapes draws its own pictures"
+    if training.dataset == "mixture" and training.dataset_path is not None:
+        yield f"training.dataset_path={show(training.dataset_path)} is not read: every one of data.sources has its own"
     if validation.enable and training.dataset_path is not None and training.dataset_path == validation.dataset_path:
         yield (
             f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
@@ -76,6 +81,13 @@ def _mixture(config: JobConfig) -> Iterator[Finding]:
         yield (
             ("validation.dataset",),
             'validation.dataset="mixture" must be one data set, or not set: then a part of every source is held out',
+        )
+    path = config.validation.dataset_path
+    if training.dataset == "mixture" and path is not None and config.validation.dataset is None:
+        yield (
+            ("validation.dataset_path", "validation.dataset"),
+            f"validation.dataset_path={show(path)} needs validation.dataset beside a mixture: say what kind of data "
+            "set it is, or leave it out: then a part of every source is held out",
         )
     if sources and not sum(source.weight for source in sources):
         weights = ", ".join(f"{source.weight:g}" for source in sources)

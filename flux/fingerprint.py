@@ -16,6 +16,8 @@ from flux.text_folders import (
     resolve_t5,
 )
 
+# Fields of config.json that change no feature.
+_WRITERS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 _PROBE = 4096  # bytes at the beginning, the middle and the end of every tensor
 
 
@@ -37,6 +39,7 @@ def describe_encoders(encoder: Encoder, test_mode: bool) -> dict[str, dict[str, 
         "autoencoder": {"weights": _hash_weights([autoencoder], "encoder.autoencoder_path"), **dtype},
         "t5": {
             "weights": "test_mode" if test_mode else _hash_weights([t5.weights], "encoder.t5_encoder"),
+            "config": _hash_config(t5),
             "tokenizer": _hash_tokenizer(t5, T5_TOKENIZER_FILES),
             "max_t5_encoding_len": encoder.max_t5_encoding_len,
             "mask_padding": encoder.mask_padding,
@@ -44,6 +47,7 @@ def describe_encoders(encoder: Encoder, test_mode: bool) -> dict[str, dict[str, 
         },
         "clip": {
             "weights": "test_mode" if test_mode else _hash_weights([clip.weights], "encoder.clip_encoder"),
+            "config": _hash_config(clip),
             "tokenizer": _hash_tokenizer(clip, CLIP_TOKENIZER_FILES),
             **dtype,
         },
@@ -79,6 +83,18 @@ def _hash_file(path: Path, digest: "hashlib._Hash") -> None:
             for start in (begin, (begin + end) // 2, max(begin, end - _PROBE)):
                 file.seek(8 + length + start)
                 digest.update(file.read(min(_PROBE, end - start)))
+
+
+def _hash_config(folders: TextFolders) -> str:
+    """Of config.json, but for what only tells who has written it."""
+    try:
+        values = json.loads((folders.weights / "config.json").read_text(encoding="utf-8"))
+        values = {name: value for name, value in values.items() if name not in _WRITERS}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folders.weights / 'config.json'} cannot be read ({error}): fetch the encoder again"
+        ) from error
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_tokenizer(folders: TextFolders, alternatives: tuple[tuple[str, ...], ...]) -> str:

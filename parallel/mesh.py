@@ -97,10 +97,13 @@ class Layout:
             return []
         return [text, *(store.get(f"{name}/{rank}").decode() for rank in range(1, self.degrees.world))]
 
-    @property
-    def leads_group(self) -> bool:
-        """Whether this rank speaks for those that work on the same samples."""
-        return self.rank % (self.degrees.cp * self.degrees.tp) == 0
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank, of all of them."""
+        if self.degrees.world == 1:
+            return flag
+        word = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX)
+        return bool(word.item())
 
     def is_first_to_fail(self) -> bool:
         """True on the first rank that asks: it says what happened, the others mostly fail because of it."""

@@ -113,6 +113,7 @@ def make_plan(arguments: argparse.Namespace, config: JobConfig, show_progress: b
             "random_crop": opened.random_crop,
             "rules": asdict(opened.rules),
             "caption_field": data.caption_field,
+            "image_field": data.image_field,
             "empty_caption": data.empty_caption,
         },
         shards=run.describe_shards()[0],

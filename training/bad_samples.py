@@ -25,18 +25,25 @@ class BadSamples:
         self.path = folder / BAD_SAMPLES_NAME
         self.max_fraction = max_fraction
         drop_lines_after(self.path, done - 1, "position")
-        self._recent: deque[tuple[int, Counter[str]]] = deque()  # samples, and bad ones by shard, of each report
+        self._differ = False
+        # Samples, and bad ones by shard, of each report; a run that goes on begins with those of its last window.
+        lately = min(done, WINDOW)
+        self._recent: deque[tuple[int, Counter[str]]] = deque([(lately, self._count_since(done - lately))])
 
-    def note(self, samples: int, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def note(self, samples: int, by_rank: Sequence[Sequence[Mapping[str, Any]]], sharing: int = 1) -> dict[str, float]:
         """Writes down what was bad among the last `samples` samples.
 
         Args:
             samples: of the whole run since the last call.
-            records: a mapping for each bad one, with "position", "reason", "shard" and what else there is to say.
+            by_rank: of every rank, a mapping for each bad sample: "position", "attempt", "reason", "shard", and more.
+            sharing: so many neighboring ranks work on the same samples, and must have met the same bad ones.
 
         Returns:
             Figures for the metrics, nothing where nothing was bad.
         """
+        records = [record for of_rank in by_rank[::sharing] for record in of_rank]
+        positions = [sorted((record["position"], record["attempt"]) for record in of_rank) for of_rank in by_rank]
+        self._differ = any(positions[rank] != positions[rank - rank % sharing] for rank in range(len(positions)))
         if records:
             with self.path.open("a", encoding="utf-8") as file:
                 for record in sorted(records, key=lambda record: (record["position"], record.get("attempt", 0))):
@@ -48,7 +55,13 @@ class BadSamples:
         return {f"bad_samples/{reason}": float(count) for reason, count in sorted(reasons.items())}
 
     def complaint(self) -> str:
-        """What to say when there are too many; empty: there are not."""
+        """What to say when there are too many, or not the same on all ranks; empty: all is well."""
+        if self._differ:
+            return (
+                "ranks that share samples did not read the same ones, since some of them failed on one rank only: "
+                f"{self.path} names those of the others; look for a disk or network that fails now and then, and go on "
+                "from the last checkpoint"
+            )
         seen = max(WINDOW, sum(samples for samples, _ in self._recent))
         shards = _total(shards for _, shards in self._recent)
         bad = shards.total()
@@ -60,6 +73,12 @@ class BadSamples:
             f"{bad} of the last {seen:,} samples are bad, {where}: data.max_bad_fraction={self.max_fraction:g} allows "
             f"{int(self.max_fraction * seen)}. {self.path} names each: mend the data, or raise data.max_bad_fraction"
         )
+
+    def _count_since(self, position: int) -> Counter[str]:
+        if not self.path.exists():
+            return Counter()
+        records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return Counter(record["shard"] for record in records if record["position"] >= position)
 
 
 def _total(counters: Iterable[Counter[str]]) -> Counter[str]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flux.data.errors import DataError
 from flux.data.shuffle import Shuffle, permute
 from flux.rng import keyed_bits
 from flux.spec import PIXELS_PER_TOKEN
@@ -47,16 +46,12 @@ def make_buckets(img_sizes: Sequence[int], step: int, max_aspect: float) -> list
     return buckets
 
 
-def assign_buckets(sizes: np.ndarray, buckets: Sequence[Bucket], key: str) -> np.ndarray:
+def assign_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     """Number of the bucket of every picture: of the largest area that it fills, the nearest shape.
 
     Args:
         sizes: (width, height) of the pictures, int [len, 2]; (0, 0) is not known and counts as a small square.
         buckets: of `make_buckets`.
-        key: configuration key of the areas, for messages.
-
-    Raises:
-        DataError: no picture fills one of the areas.
     """
     squares = np.array(sorted({bucket.img_size for bucket in buckets}))
     known = sizes.min(axis=1) > 0
@@ -68,11 +63,6 @@ def assign_buckets(sizes: np.ndarray, buckets: Sequence[Bucket], key: str) -> np
     for place, square in enumerate(squares):
         members = [number for number, bucket in enumerate(buckets) if bucket.img_size == square]
         chosen = level == place
-        if not chosen.any() and place:
-            raise DataError(
-                f"{key} has {square}, and no picture of the data set has {square} x {square} = {square**2:,} pixels: "
-                "leave it out"
-            )
         shapes = np.array([math.log(buckets[number].size[0] / buckets[number].size[1]) for number in members])
         order = np.argsort(shapes)
         middles = (shapes[order][1:] + shapes[order][:-1]) / 2
@@ -99,6 +89,7 @@ class BucketShuffle:
         self.batch_sizes = [batch_sizes[number] for number in used]
         self.counts = [int(counts[number]) for number in used]
         self.seed, self.stream = seed, stream
+        self.length = len(assigned)
         by_bucket = np.argsort(assigned, kind="stable").astype(np.uint32 if len(assigned) < 2**32 else np.int64)
         self._members = np.split(by_bucket, np.cumsum(self.counts)[:-1])
         self._shuffles = [

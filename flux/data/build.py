@@ -31,6 +31,7 @@ class Deal(NamedTuple):
     seed: int
     group: int = 0  # its place among the groups that see different samples
     groups: int = 1
+    sharing: int = 1  # processes that share the tokens of a sample
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def open_data(
     elif validation.enable:
         held_out = [open_one(one, "validation", section) for section, one in trained.items()]
     weights = [one.weight for one in trained.values()]
+    for opened in (sources, held_out):
+        parts = [_stored_parts(one) for one in opened]
+        if len(set(parts)) > 1:
+            shown = " and ".join(", ".join(sorted(part)) or "nothing" for part in dict.fromkeys(parts))
+            raise ValueError(f"data.sources store different parts, {shown}: encode them with the same --parts")
     return RunData(training, validation, data, encoder, spec, sources, weights, held_out)
 
 
@@ -107,19 +113,14 @@ def build_training_loader(run: RunData, tokenizer: FluxTokenizer | None, deal: D
     """The endless training batches from position `cursor` on.
 
     Raises:
-        ValueError: the cursor of a run with other updates, where buckets cut the data into updates.
+        ValueError: buckets that no picture is in, or that do not divide.
     """
     training, encoder = run.training, run.encoder
     update_size = training.update_size(deal.groups)
     mixture = Mixture(run.weights, deal.seed, STREAM) if len(run.sources) > 1 else None
     order: ShuffledOrder | BucketOrder
     if run.data.buckets.enable:
-        if cursor % update_size:
-            raise ValueError(
-                f"training.global_batch_size={update_size} does not divide the {cursor} samples that the checkpoint "
-                "has seen, and buckets cut the data into updates: take the size that it was saved with"
-            )
-        order = BucketOrder(_bucket_shuffles(run, update_size, deal.seed), mixture, update_size, deal.seed)
+        order = BucketOrder(_bucket_shuffles(run, update_size, deal), mixture, update_size, deal.seed)
     else:
         size = (training.img_size, training.img_size)
         _check_one_shape(run.sources, size, "training.img_size")
@@ -159,7 +160,7 @@ def build_validation_loader(run: RunData, tokenizer: FluxTokenizer | None, deal:
     if validation.steps != -1:
         end = min(end, validation.steps * validation.local_batch_size)
     draws = ValidationDraws(deal.seed, encoder.sample_posterior, midpoints=validation.times == "midpoints")
-    order = PlainOrder(lengths, size)
+    order = PlainOrder(lengths, size, deal.seed)
     dataset = PositionedDataset(run.held_out, order, tokenizer, run.spec, draws, _text_length(encoder))
     batches = PositionBatches(validation.local_batch_size * deal.groups, 1, deal.group, deal.groups, end=end)
     return Loader(dataset, batches, validation.dataloader, run.data.worker_timeout_seconds)
@@ -206,7 +207,8 @@ def _open_source(
         raise ValueError(f'{key} is missing: dataset="{one.dataset}" needs the folder of the encoded samples')
     encoded: EncodedSource
     if one.dataset == "cache":
-        encoded = CacheSource(one.dataset_path, key, describe_encoders(encoder, training.test_mode))
+        encoded = cache = CacheSource(one.dataset_path, key, describe_encoders(encoder, training.test_mode))
+        cache.check_widths(spec.transformer)
     else:
         from flux.data.mlperf import MLPerfSource  # only who reads it pays for the import of pyarrow
 
@@ -243,7 +245,8 @@ def _check_one_shape(sources: Sequence[OpenSource], size: tuple[int, int], key: 
             width, height = sizes[other[0]]
             raise ValueError(
                 f"{key}={size[0]} is not the size of the stored pictures, one has {width} x {height}: set {key} to "
-                "what they were encoded with, or data.buckets.enable=true if that was with buckets"
+                "what they were encoded with; those of buckets need data.buckets.enable=true, and validation on "
+                "a data set of its own"
             )
 
 
@@ -263,17 +266,37 @@ def _assign(run: RunData, opened: OpenSource) -> tuple[list[Bucket], np.ndarray]
         shapes, assigned = np.unique(sizes, axis=0, return_inverse=True)
         return [Bucket((int(width), int(height)), img_size) for width, height in shapes], assigned.ravel()
     buckets = make_buckets(section.img_sizes or [img_size], section.step, section.max_aspect)
-    return buckets, assign_buckets(sizes, buckets, "data.buckets.img_sizes")
+    return buckets, assign_buckets(sizes, buckets)
 
 
-def _bucket_shuffles(run: RunData, update_size: int, seed: int) -> list[BucketShuffle]:
+def _bucket_shuffles(run: RunData, update_size: int, deal: Deal) -> list[BucketShuffle]:
     tokens = update_size * run.training.img_tokens
     shuffles = []
+    shown: set[Bucket] = set()
     for number, opened in enumerate(run.sources):
         buckets, assigned = _assign(run, opened)
+        shown |= {buckets[used] for used in np.unique(assigned)}
         batch_sizes = [
             max(1, min(update_size, tokens // bucket.tokens)) if run.data.buckets.constant_tokens else update_size
             for bucket in buckets
         ]
-        shuffles.append(BucketShuffle(assigned, buckets, batch_sizes, seed, _stream(number)))
+        shuffles.append(BucketShuffle(assigned, buckets, batch_sizes, deal.seed, _stream(number)))
+    _check_buckets(run, shown, deal.sharing)
     return shuffles
+
+
+def _check_buckets(run: RunData, shown: set[Bucket], sharing: int) -> None:
+    """Raises ValueError for areas that no picture has, and shapes that cannot be shared out."""
+    for img_size in run.data.buckets.img_sizes:
+        if img_size not in {bucket.img_size for bucket in shown} and not _stored_parts(run.sources[0]):
+            raise ValueError(
+                f"data.buckets.img_sizes has {img_size}, and no picture has {img_size} x {img_size} = {img_size**2:,} "
+                "pixels: leave it out"
+            )
+    for bucket in sorted(shown):
+        if bucket.tokens % sharing:
+            width, height = bucket.size
+            raise ValueError(
+                f"parallelism.context_parallel_degree={sharing} must divide the {bucket.tokens} image tokens of every "
+                f"bucket, also of {width} x {height} px: use a larger data.buckets.step, or a smaller degree"
+            )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from flux.data.errors import REASONS, BadSample, DataError
 from flux.data.sample import EncodedSample, Shard
-from flux.spec import LATENT_STRIDE
+from flux.spec import LATENT_STRIDE, TransformerConfig
 
 CACHE_FILE, EMPTY_FILE, BAD_SAMPLES_FILE = "cache.json", "empty.safetensors", "bad_samples.jsonl"
 FORMAT = 1
@@ -135,6 +135,16 @@ class CacheSource:
         self._key = key
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
+    def check_widths(self, transformer: TransformerConfig) -> None:
+        """Raises ValueError unless the features have the widths that a transformer reads."""
+        empty = self.empty()
+        for part, wanted in (("t5", transformer.context_dim), ("clip", transformer.pooled_dim)):
+            if part in empty and empty[part].shape[-1] != wanted:
+                raise ValueError(
+                    f"{self._key}={str(self.folder)!r} holds features of {part} of width {empty[part].shape[-1]}, and "
+                    f"model.flavor needs {wanted}: set the flavor that it was made for"
+                )
+
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
@@ -150,17 +160,18 @@ class CacheSource:
         name = shard_name(number)
         try:
             return self._open(number).read(row, name)
-        except (SafetensorError, OSError, RuntimeError, ValueError, IndexError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as error:
             if isinstance(error, BadSample):
                 raise
             raise BadSample("unreadable", f"the shard of the cache is damaged ({error})", str(row), name) from error
 
     def picture_sizes(self) -> np.ndarray:
         sizes = []
-        for number, shard in enumerate(self.shards):
+        for shard in self.shards:
             try:
-                sizes.append(self._open_shard(number).size)
-            except (SafetensorError, OSError, KeyError) as error:
+                with safe_open(self.folder / shard.name, framework="pt") as file:
+                    sizes.append(file.get_tensor("size").numpy())
+            except (SafetensorError, OSError) as error:
                 raise DataError(
                     f"{self._key}: {self.folder / shard.name} is damaged ({error}): "
                     "delete it and run scripts.preencode again"
@@ -168,7 +179,12 @@ class CacheSource:
         return np.concatenate(sizes)
 
     def empty(self) -> dict[str, Tensor]:
-        return _read_empty(self.folder)
+        try:
+            return dict(_read_empty(self.folder))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{self._key}: {self.folder / EMPTY_FILE} cannot be read ({error}): run scripts.preencode again"
+            ) from error
 
     def _open_shard(self, number: int) -> "_CacheShard":
         return _CacheShard(self.folder / shard_name(number))

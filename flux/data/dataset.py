@@ -23,7 +23,7 @@ from flux.data.tokenizers import FluxTokenizer
 from flux.data.transforms import fit_and_crop
 from flux.flow import TimestepDistribution, draw_time, resolution_mu
 from flux.rng import keyed_generator
-from flux.spec import PIXELS_PER_TOKEN, ModelSpec
+from flux.spec import LATENT_STRIDE, PIXELS_PER_TOKEN, ModelSpec
 
 MAX_ATTEMPTS = 100  # samples that may be bad at one position; with 1 % bad ones, two in a row are rare
 TIME_STEPS = 8  # validation samples take eight times in turn
@@ -162,6 +162,9 @@ class PositionedDataset(Dataset):
         self, slot: Slot, place: Place, sample: EncodedSample, source: EncodedSource, bad: list[BadRecord]
     ) -> Item:
         """Of a sample that is encoded already, but for the parts that run in training."""
+        height, width = (LATENT_STRIDE * side for side in sample.moments_CHW.shape[-2:])
+        if (width, height) != place.size:  # a substitute from another bucket
+            raise BadSample("unreadable", f"it is stored as {width} x {height}", sample.key, sample.shard)
         stored = {"t5": sample.t5_LE, "clip": sample.pooled_V}
         live = [part for part, features in stored.items() if features is None]
         tokens: dict[str, Tensor] = {}

@@ -137,8 +137,7 @@ class Loader:
                     ) from None
                 log.warning("data workers are replaced: %s", reason)
                 replaced = True
-                self._loader = self._build(self.batches.rest(given))
-                batches = self._start(self._loader)
+                batches = self._start(self._build(self.batches.rest(given)))  # of this pass only
                 continue
             if isinstance(batch, DataError):
                 raise batch
@@ -159,6 +158,11 @@ class Loader:
         while True:
             try:
                 return next(batches)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if not self._section.num_workers:
+                    raise
+                # Tensors that a dead worker has queued are lost with it.
+                raise _WorkersFailed(f"{type(error).__name__}: {error}") from error
             except RuntimeError as error:
                 if str(error).startswith(_DEAD):
                     raise _WorkersFailed(str(error).splitlines()[0]) from error

@@ -11,6 +11,8 @@ from flux.data.buckets import BucketShuffle, Size
 from flux.data.shuffle import Mixture, Shuffle
 from flux.rng import keyed_bits
 
+TRIES_IN_BUCKET = 10  # substitutes that come from the bucket of the update
+
 
 class Place(NamedTuple):
     """What stands at a position."""
@@ -85,7 +87,9 @@ class BucketOrder:
         source, bucket, batch = self._locate(update)
         shuffle = self.shuffles[source]
         if attempt:
-            index = shuffle.member(bucket, _draw(self.seed, position, attempt))
+            draw = _draw(self.seed, position, attempt)
+            # A bucket may have only bad ones: then any picture is cut to its shape.
+            index = shuffle.member(bucket, draw) if attempt <= TRIES_IN_BUCKET else draw % shuffle.length
         else:
             index = shuffle.index(bucket, batch * shuffle.batch_sizes[bucket] + number)
         return Place(source, index, shuffle.sizes[bucket])
@@ -105,14 +109,18 @@ class PlainOrder:
     Args:
         lengths: of the sources.
         size: in which all pictures are shown.
+        seed: key of the substitutes.
     """
 
-    def __init__(self, lengths: Sequence[int], size: Size):
+    def __init__(self, lengths: Sequence[int], size: Size, seed: int):
         self.lengths = lengths
         self.size = size
+        self.seed = seed
 
     def place(self, position: int, attempt: int = 0) -> Place:
-        index = (position + attempt) % sum(self.lengths)
+        length = sum(self.lengths)
+        # Substitutes from anywhere: neighbors of a bad sample are often bad too.
+        index = _draw(self.seed, position, attempt) % length if attempt else position % length
         for source, length in enumerate(self.lengths):
             if index < length:
                 return Place(source, index, self.size)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.distributed.layouts import build_trainer
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import BATCH, CP
+from tests.distributed.test_layouts import BATCH, CP, TP
 
 LOSS_TOLERANCE = 1e-6  # relative; fp32 sums in another order
 PICTURES, BAD = 12, (2, 9)
@@ -59,7 +59,7 @@ def run(tmp_path: Path, name: str, world_size: int, *overrides: str) -> tuple[li
 def test_damage_on_several_ranks(tmp_path, buckets):
     alone, records = run(tmp_path, "one", 1, BATCH(8), *buckets)
     assert {int(Path(record["key"]).stem) for record in records} == set(BAD)
-    for name, layout in (("dp", (BATCH(4),)), ("cp", (BATCH(8), CP(2)))):
+    for name, layout in (("dp", (BATCH(4),)), ("cp", (BATCH(8), CP(2))), ("tp", (BATCH(8), TP(2)))):
         losses, told = run(tmp_path, name, 2, *layout, *buckets)
         assert losses == pytest.approx(alone, rel=LOSS_TOLERANCE)
         assert told == records, "each once, in order"

@@ -52,6 +52,8 @@ def test_a_mixture_and_its_sources_belong_together(tmp_path):
     assert 'data.sources is not read with training.dataset="shapes": set training.dataset="mixture"' in error
     error = errors_of(tmp_path, MIXTURE.format(1, "shapes", ""), "--validation.dataset=mixture")
     assert 'validation.dataset="mixture" must be one data set' in error
+    error = errors_of(tmp_path, MIXTURE.format(1, "shapes", ""), "--validation.dataset_path=x")
+    assert 'validation.dataset_path="x" needs validation.dataset beside a mixture' in error
 
 
 def test_weights_that_sum_to_zero(tmp_path):

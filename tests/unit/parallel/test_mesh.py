@@ -18,7 +18,7 @@ def talk(rank: int, world_size: int) -> dict:
         "shared": layout.from_rank_0("word", lambda: f"of rank {rank}"),
         "axes": (layout.axis("tp"), layout.axis("cp").size()),
         "described": layout.describe(),
-        "leads": layout.leads_group,
+        "any": [layout.any(rank == 3), layout.any(False)],
         "texts": layout.gather_texts("words", f"rank {rank}" if rank else ""),
         "agreed": [layout.agree(rank > 0), layout.agree(rank == 0)],
     }
@@ -47,7 +47,7 @@ def test_four_ranks():
         assert told["described"] == "4 ranks = dp_shard 2 x cp 2, gloo on cpu"
         assert told["agreed"] == [False, True]  # as rank 0 sees it
         assert told["timeouts"] == [60, 60, 700]  # training's own groups only
-    assert [told["leads"] for told in ranks] == [True, False, True, False]
+    assert all(told["any"] == [True, False] for told in ranks)
     assert [told["texts"] for told in ranks] == [["", "rank 1", "rank 2", "rank 3"], [], [], []]
     assert [told["failure"] for told in ranks] == ["ValueError('no folder')"] + ["SystemExit(1)"] * 3
     assert sorted(told["first"] for told in ranks) == [False, False, False, True]

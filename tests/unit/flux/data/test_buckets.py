@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux.data.buckets import Bucket, BucketShuffle, assign_buckets, make_buckets
-from flux.data.errors import DataError
 from flux.data.order import BucketOrder
 from flux.data.shuffle import Mixture
 
@@ -42,16 +41,11 @@ def test_shapes_keep_the_rules(units, step, max_aspect):
 def test_pictures_go_to_the_nearest_shape_of_the_area_that_they_fill():
     buckets = make_buckets([256, 512], 64, 2.0)
     pictures = np.array([[300, 300], [320, 190], [190, 320], [511, 511], [512, 512], [2000, 1000], [100, 60], [0, 0]])
-    shown = [buckets[number] for number in assign_buckets(pictures, buckets, "key")]
+    shown = [buckets[number] for number in assign_buckets(pictures, buckets)]
     assert [bucket.size for bucket in shown] == [
         *[(256, 256), (320, 192), (192, 320), (256, 256), (512, 512), (640, 384), (320, 192), (256, 256)]
     ]
     assert [bucket.img_size for bucket in shown] == [256, 256, 256, 256, 512, 512, 256, 256]
-
-
-def test_an_area_that_no_picture_fills_is_refused():
-    with pytest.raises(DataError, match="key has 512, and no picture of the data set has 512 x 512 = 262,144 pixels"):
-        assign_buckets(np.array([[300, 300]]), make_buckets([256, 512], 64, 2.0), "key")
 
 
 BUCKETS = [Bucket((64, 64), 64), Bucket((80, 48), 64), Bucket((48, 80), 64)]

@@ -12,11 +12,12 @@ from PIL import Image
 
 from flux.batch import RawBatch
 from flux.config import DataLoader, Encoder
+from flux.data.buckets import Bucket, BucketShuffle
 from flux.data.dataset import MAX_ATTEMPTS, OpenSource, PositionedDataset, Slot, TrainingDraws, ValidationDraws, collate
 from flux.data.decode import DecodeRules
 from flux.data.errors import BadSample, DataError
 from flux.data.loader import Loader, PositionBatches
-from flux.data.order import Place, PlainOrder, ShuffledOrder
+from flux.data.order import BucketOrder, Place, PlainOrder, ShuffledOrder
 from flux.data.sample import EncodedSample, Sample, Shard
 from flux.data.shuffle import Mixture, Shuffle
 from flux.data.tokenizers import build_tokenizer
@@ -185,6 +186,18 @@ def stripes() -> Image.Image:
     return Image.fromarray(np.broadcast_to(columns[None, :, None], (32, 96, 3)).copy())
 
 
+def test_a_bucket_of_bad_samples_shows_others_in_its_shape(tokenizer):
+    source = Pictures(dict.fromkeys(range(4), "unreadable"))
+    assigned = np.array([1] * 4 + [0] * (LENGTH - 4))
+    buckets = [Bucket((32, 32), 32), Bucket((48, 16), 32)]
+    shuffle = BucketShuffle(assigned, buckets, [4, 4], 5, "train")
+    order = BucketOrder([shuffle], None, 4, 5)
+    dataset = PositionedDataset([OpenSource(source, RULES)], order, tokenizer, SPEC, DRAWS)
+    items = [dataset[Slot(position, True, 4)] for position in range(LENGTH)]
+    shown = [tuple(item.pixels_CHW.shape[:0:-1]) for item in items]
+    assert shown.count((48, 16)) == 4 and all(item.bad for item in items if item.pixels_CHW.shape[2] == 48)
+
+
 def test_a_mixture_draws_from_both(tokenizer):
     sources = [Pictures(), Pictures(length=7)]
     shuffles = [Shuffle([len(source)], 0, 5, f"train/{number}") for number, source in enumerate(sources)]
@@ -221,7 +234,7 @@ class Stored:
 
 def stored_dataset(tokenizer, source, draws, text_length=None) -> PositionedDataset:
     order = (
-        PlainOrder([LENGTH], (32, 32))
+        PlainOrder([LENGTH], (32, 32), 5)
         if isinstance(draws, ValidationDraws)
         else ShuffledOrder([Shuffle([LENGTH], 0, 5, "train")], None, (32, 32), BATCH, 5)
     )
@@ -261,6 +274,8 @@ def test_validation_takes_the_times_that_the_data_set_prescribes(midpoints, t):
 
 
 def test_plain_order_goes_through_all_sources():
-    order = PlainOrder([2, 3], (32, 32))
+    order = PlainOrder([2, 3], (32, 32), 5)
     assert [order.place(position)[:2] for position in range(6)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 0)]
-    assert order.place(1, attempt=1) == Place(1, 0, (32, 32))
+    substitutes = {order.place(1, attempt) for attempt in range(1, 40)}
+    assert {place[:2] for place in substitutes} == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}, "from anywhere"
+    assert isinstance(order.place(1), Place)

@@ -1,6 +1,7 @@
 """The global order: draws, pixels and tokens of a sample do not depend on who prepares it or in which batch."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -62,7 +63,7 @@ def tokenizer():
 def make_dataset(tokenizer, draws=DRAWS, source=None) -> PositionedDataset:
     source = source or ShortSource()
     if isinstance(draws, ValidationDraws):
-        order = PlainOrder([len(source)], (32, 32))
+        order = PlainOrder([len(source)], (32, 32), 5)
     else:
         order = ShuffledOrder([Shuffle([len(source)], 0, draws.seed, "train")], None, (32, 32), 1, draws.seed)
     return PositionedDataset([OpenSource(source, RULES)], order, tokenizer, SPEC, draws)
@@ -311,3 +312,22 @@ def test_a_dying_worker_does_not_interrupt_what_runs_meanwhile(tokenizer, tmp_pa
         time.sleep(0.05)
     time.sleep(0.5)
     assert [raw.position_B.item() for raw in itertools.islice(batches, 9)] == list(range(1, 10))
+
+
+def test_a_pass_after_a_replacement_is_a_whole_one(tokenizer, tmp_path):
+    dataset = make_dataset(tokenizer, ValidationDraws(seed=5), Trouble(tmp_path, "die", 1))
+    loader = Loader(dataset, PositionBatches(2, end=10), DataLoader(num_workers=1), worker_timeout=60)
+    first, second = (sorted(int(position) for raw in loader for position in raw.position_B) for _ in range(2))
+    assert (tmp_path / "0").exists() and first == second == list(range(10))
+
+
+def test_a_worker_that_is_killed_with_batches_in_its_queue_is_replaced(tokenizer):
+    loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=1), worker_timeout=60)
+    batches = iter(loader)
+    samples = by_position(next(batches))
+    time.sleep(2)  # for the next batches to be queued
+    for child in multiprocessing.active_children():
+        child.kill()
+    for raw in itertools.islice(batches, POSITIONS // 4 - 1):
+        samples |= by_position(raw)
+    assert_bit_equal(load(tokenizer), samples)

@@ -188,7 +188,7 @@ def test_features_of_the_empty_prompt(tmp_path, place, dtype, leading):
 def test_batches_of_training_and_validation(folder):
     rules = DecodeRules(min_side=8, max_aspect=4, max_megapixels=1, background=(255, 255, 255), fast_jpeg=True)
     sources = [OpenSource(open_set(folder), rules)]
-    order = PlainOrder([SAMPLES], (SIDE, SIDE))
+    order = PlainOrder([SAMPLES], (SIDE, SIDE), 5)
     slots = [Slot(position, True, 4) for position in (6, 1, 4, 3)]
 
     drop_all = PositionedDataset(sources, order, None, SPEC, TrainingDraws(seed=0, drop_prob=1.0, drop_jointly=True))
