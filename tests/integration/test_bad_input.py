@@ -89,7 +89,7 @@ FOLDERS = {
     "no folder": (lambda folder: shutil.rmtree(folder), "is not a folder"),
     "no pictures": (lambda folder: [path.unlink() for path in folder.iterdir()], "has no pictures"),
     "empty caption": (lambda folder: [path.write_text("") for path in folder.glob("*.txt")], "the caption is empty"),
-    "not an image": (lambda folder: [path.write_text("x") for path in folder.glob("*.png")], "does not decode"),
+    "not an image": (lambda folder: [path.write_text("x") for path in folder.glob("*.png")], "(damaged: "),
 }
 
 
@@ -101,12 +101,12 @@ def test_faulty_picture_folders_end_with_the_data_code(capfd, tmp_path, kind, wo
     change(folder)
     data = ["--training.dataset=imagefolder", f"--training.dataset_path={folder}", "--validation.enable=false"]
     code, said = fail(capfd, tmp_path, *data, f"--training.dataloader.num_workers={workers}")
-    assert code == 3 and message in said and str(folder) in said, said
+    assert code == 3 and message in said and folder.name in said, said
 
 
-def test_later_data_sets_are_refused_by_a_run(capfd, tmp_path):
-    code, said = fail(capfd, tmp_path, "--training.dataset=cc12m-wds")
-    assert code == 2 and "training.dataset='cc12m-wds'" in said, said
+def test_a_data_set_without_a_public_home_needs_its_place(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--training.dataset=cc12m-test")
+    assert code == 2 and "training.dataset='cc12m-test' needs to know where its pictures are" in said, said
 
 
 def test_a_layout_that_does_not_fit_the_processes(capfd, tmp_path, monkeypatch):
