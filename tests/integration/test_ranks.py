@@ -1,5 +1,6 @@
 """How a run on several processes ends: one message, the run's own exit code, no process left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.short_runs import TINY
+from training.bad_samples import BAD_SAMPLES_NAME
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -113,20 +115,25 @@ def test_a_signal_ends_all_ranks(start, tmp_path, number, code, said, times):
     assert finish(process, tmp_path) == (code, said)
 
 
-def test_a_picture_that_only_one_rank_reads_ends_the_run_with_its_name(tmp_path):
-    folder = tmp_path / "pictures"
+@pytest.mark.parametrize(("allowed", "code"), [(0.0, 3), (0.01, 0)])
+def test_a_bad_picture_that_only_one_rank_reads_counts_for_all(tmp_path, allowed, code):
+    folder, run = tmp_path / "pictures", tmp_path / "run"
     folder.mkdir()
     for number in range(24):
         Image.new("RGB", (40, 40), (number * 9, 0, 0)).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"picture {number}")
     (folder / "05.png").write_text("x")
-    options = ["--training.dataset=imagefolder", f"--training.dataset_path={folder}", "--validation.enable=false"]
+    data = ["--training.dataset=imagefolder", f"--training.dataset_path={folder}", f"--data.max_bad_fraction={allowed}"]
+    steps = ["--training.steps=2", "--validation.enable=false", f"--job.dump_folder={run}"]  # 32 samples: all pictures
     done = subprocess.run(
-        [ROOT / "run_train.sh", *TINY, *options, f"--job.dump_folder={tmp_path / 'run'}", "--training.steps=8"],
+        [ROOT / "run_train.sh", *TINY, *data, *steps],
         env=os.environ | {"NGPU": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 3, done.stderr
-    assert done.stderr.count("05.png does not decode") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == code, done.stderr
+    complaints = done.stderr.count("of the last 10,000 samples are bad")
+    assert complaints == (1 if code else 0) and "Traceback" not in done.stderr
+    records = [json.loads(line) for line in (run / BAD_SAMPLES_NAME).read_text().splitlines()]
+    assert {(record["key"], record["reason"]) for record in records} == {("05.png", "damaged")}
