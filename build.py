@@ -25,6 +25,7 @@ from flux.autoencoder import load_autoencoder
 from flux.codec import LatentCodec
 from flux.conditioner import Sharding, build_conditioner, check_tokenizer
 from flux.config import Encoder
+from flux.data.build import RunData
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS, Encoders
 from flux.identify import check_fits
@@ -223,12 +224,8 @@ def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: M
     write_folder(folder, lambda hidden: save_pipeline(hidden, spec, config.encoder, test_mode, tensors))
 
 
-def build_mllog(config: JobConfig, folder: Path, layout: Layout, train_samples: int, eval_samples: int) -> MLPerfLog:
-    """MLPerf's log of a run, on rank 0.
-
-    Args:
-        train_samples, eval_samples: in the data sets.
-    """
+def build_mllog(config: JobConfig, folder: Path, layout: Layout, data: RunData) -> MLPerfLog:
+    """MLPerf's log of a run, on rank 0."""
     training, validation = config.training, config.validation
     kind = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else "CPU"
     compute = str(compute_dtype(config)).removeprefix("torch.")
@@ -242,8 +239,8 @@ def build_mllog(config: JobConfig, folder: Path, layout: Layout, train_samples: 
         global_batch_size=training.update_size(degrees.dp),
         accumulation=training.accumulation(degrees.dp),
         max_norm=training.max_norm,
-        train_samples=train_samples,
-        eval_samples=eval_samples,
+        train_samples=sum(len(opened.source) for opened in data.sources),
+        eval_samples=sum(len(opened.source) for opened in data.held_out),
         eval_steps=validation.freq,
         target_loss=validation.target_loss,
         linear_precision="float8" if config.model.converters else compute,

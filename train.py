@@ -132,8 +132,7 @@ class FluxTrainer:
         log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
 
         self.optimizer = build_optimizer(group_by_mesh(self.model.parameters()), config.optimizer)
-        self.ema: dict[str, Tensor] = {}
-        self._load(found)
+        self.ema = self._load(found)
         done = found.schedule_step if found else 0
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
@@ -141,8 +140,7 @@ class FluxTrainer:
 
         self.metrics: MetricsLogger | None = None  # on rank 0
         if layout.rank == 0:
-            samples = [sum(len(opened.source) for opened in sources) for sources in (data.sources, data.held_out)]
-            mllog = build_mllog(config, folder, layout, *samples) if config.metrics.enable_mllog else None
+            mllog = build_mllog(config, folder, layout, data) if config.metrics.enable_mllog else None
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
             self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
         self.timer, self.bad, self.noted = StepTimer(), list[BadRecord](), self.cursor
@@ -167,16 +165,16 @@ class FluxTrainer:
                 "validation.enable), or begin anew with its weights: checkpoint.initial_load_path"
             )
 
-    def _load(self, found: Found | None) -> None:
-        """Fills model, optimizer and average of the weights from a checkpoint, if there is one."""
+    def _load(self, found: Found | None) -> dict[str, Tensor]:
+        """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights."""
         parameters = dict(self.model.named_parameters())
+        ema: dict[str, Tensor] = {}
         if self.config.ema.enable and found and found.holds("ema"):
-            self.ema = build_ema(parameters)  # room for it
+            ema = build_ema(parameters)  # room for it
         if found:
             optimizer = self.optimizer if found.holds("optimizer") else None
-            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, self.ema, to_save=False))
-        if self.config.ema.enable and not self.ema:
-            self.ema = build_ema(parameters)
+            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, ema, to_save=False))
+        return ema or (build_ema(parameters) if self.config.ema.enable else {})
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""

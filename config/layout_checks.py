@@ -81,15 +81,27 @@ def _tokens(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
 def _products_in_8_bits(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
     """Weight gradients add up over the tokens of a forward pass, of which 8-bit matrix units take whole packs."""
     samples = config.training.local_batch_size
-    image = (config.training.img_size // PIXELS_PER_TOKEN) ** 2
+    image_key, image_side, buckets = "training.img_size", config.training.img_size, config.data.buckets
+    if buckets.enable:  # every shape has a multiple of the tokens of one step's square
+        image_key, image_side = "data.buckets.step", buckets.step
+    image = (image_side // PIXELS_PER_TOKEN) ** 2
     for converter in config.model.converters:
         pack = SIZE_MULTIPLE[converter]
         for kind, key, tokens in (
-            ("image", "training.img_size", image),
+            ("image", image_key, image),
             ("text", "encoder.max_t5_encoding_len", config.encoder.max_t5_encoding_len),
         ):
             each, rest = divmod(tokens, degrees.cp)  # tokens of a sample on one process
-            if rest or samples * each % pack == 0:
+            any_count = buckets.enable and buckets.constant_tokens  # of samples in a forward pass
+            if rest or (1 if any_count else samples) * each % pack == 0:
+                continue
+            if any_count:
+                yield (
+                    ("model.converters", "data.buckets.constant_tokens", key, KEYS["cp"]),
+                    f"data.buckets.constant_tokens=true changes the number of samples, so {key} must give each of them "
+                    f"a multiple of {pack} {kind} tokens on a process for model.converters="
+                    f"{show(config.model.converters)}, not {each}: raise it, or set constant_tokens to false",
+                )
                 continue
             step = pack // gcd(pack, each)
             below = samples - samples % step

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,10 @@ from flux.config import Data
 from flux.data.captions import MAX_CAPTION_BYTES, clean_captions, parse_text
 from flux.data.decode import MAX_FILE_BYTES, Size, read_size
 from flux.data.errors import BadSample, DataError
-from flux.data.sample import Sample, Shard
+from flux.data.sample import Sample, Shard, held_out_count
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"
-HELD_OUT_SHARE = 20  # one picture in twenty is held out when a folder serves training and validation
 HEADER_READERS, HEADERS_AT_ONCE = 16, 1024  # threads wait for disks that are far away
 HEAD_BYTES = 16_384
 
@@ -80,15 +80,16 @@ class ImageFolderSource:
 
     def __getitem__(self, index: int) -> Sample:
         name, shard = self.pictures[index], self.shards[0].name
+        key = _label(name)
         try:
             captions = clean_captions(self._load_captions(name), self.data.empty_caption)
             with (self.folder / name).open("rb") as file:
                 # One byte more than is allowed tells that it is too large.
-                return Sample(file.read(MAX_FILE_BYTES + 1), captions, name, shard)
+                return Sample(file.read(MAX_FILE_BYTES + 1), captions, key, shard)
         except OSError as error:
-            raise BadSample("unreadable", str(error), name, shard) from error
+            raise BadSample("unreadable", error.strerror or type(error).__name__, key, shard) from error
         except BadSample as error:
-            raise BadSample(error.reason, error.detail, name, shard) from error
+            raise BadSample(error.reason, error.detail, key, shard) from error
 
     def picture_sizes(self) -> np.ndarray:
         sizes = np.zeros((len(self), 2), np.int32)
@@ -122,7 +123,12 @@ class ImageFolderSource:
             with path.open("rb") as file:
                 return list(parse_text(file.read(MAX_CAPTION_BYTES + 1)))
         except FileNotFoundError as error:
-            raise BadSample("no_caption", f"there is no {path.name} beside it") from error
+            raise BadSample("no_caption", f"there is no {_label(path.name)} beside it") from error
+
+
+def _label(name: str) -> str:
+    """For people: the name of a file need not be text."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _caption_file(picture: str) -> str:
@@ -131,11 +137,8 @@ def _caption_file(picture: str) -> str:
 
 def _split(pictures: list[str], split: Literal["train", "validation"]) -> list[str]:
     """At least one picture is held out; which ones depends on their names alone, not on their order."""
-    held_out = set(
-        sorted(pictures, key=lambda name: hashlib.blake2b(name.encode()).digest())[
-            : max(1, len(pictures) // HELD_OUT_SHARE)
-        ]
-    )
+    by_name = sorted(pictures, key=lambda name: hashlib.blake2b(os.fsencode(name)).digest())
+    held_out = set(by_name[: held_out_count(len(pictures))])
     return [name for name in pictures if (name in held_out) == (split == "validation")]
 
 

@@ -152,8 +152,12 @@ def open_index(kind: Kind, urls: Sequence[str], data: Data, key: str, show_progr
 
 
 def name_files(urls: Sequence[str]) -> list[str]:
-    """Names that stay when the folder of all files is moved, and are still different: paths from there on."""
-    parts = [url.split("/") for url in urls]
+    """Names that stay when the folder of all files is moved, and are still different: paths from there on.
+
+    Without the queries of signed URLs, which are others tomorrow, unless it is they that tell the files apart.
+    """
+    plain = [url.partition("?")[0] if url.startswith(("http://", "https://")) else url for url in urls]
+    parts = [url.split("/") for url in (plain if len(set(plain)) == len(urls) else urls)]
     folders = [path[:-1] for path in parts]
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
     return ["/".join(path[shared:]) for path in parts]

@@ -7,6 +7,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+HELD_OUT_SHARE = 20  # one sample in twenty is held out when a data set serves training and validation
+HELD_OUT_MOST = 10_000
+
+
+def held_out_count(samples: int) -> int:
+    """How many of so many samples are held out, at least one."""
+    return min(max(1, samples // HELD_OUT_SHARE), HELD_OUT_MOST)
+
 
 class Sample(NamedTuple):
     """A picture, not decoded yet, with its captions."""

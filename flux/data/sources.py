@@ -12,7 +12,7 @@ from flux.config import Data
 from flux.data.errors import DataError
 from flux.data.imagefolder import ImageFolderSource
 from flux.data.presets import PRESETS
-from flux.data.sample import EncodedSample, EncodedSource, Sample, Shard, Source
+from flux.data.sample import EncodedSample, EncodedSource, Sample, Shard, Source, held_out_count
 from flux.data.shapes import ShapesSource
 from flux.data.shuffle import permute
 from flux.data.storage import is_local
@@ -20,8 +20,6 @@ from flux.data.tars import WebDatasetSource
 
 Split = Literal["all", "train", "validation"]
 
-HELD_OUT_SHARE = 20  # one sample in twenty is held out when a data set serves training and validation
-HELD_OUT_MOST = 10_000
 HELD_OUT_KEY = 0  # of the draw of which ones; another seed of a run must not show them to training
 
 log = logging.getLogger(__name__)
@@ -119,7 +117,7 @@ class HeldOut:
         self.source = source
         self.split = split
         length = len(source)
-        count = min(max(1, length // HELD_OUT_SHARE), HELD_OUT_MOST)
+        count = held_out_count(length)
         self._held = np.sort([permute(place, length, HELD_OUT_KEY) for place in range(count)])
         # Before the i-th of them stand so many others.
         self._others_before = self._held - np.arange(count)

@@ -146,6 +146,19 @@ FAULTS = [
         'model.converters=["quantize.linear.float8"]: use training.local_batch_size=4 or 8',
     ),
     (
+        f"--model.converters=quantize.linear.mx --data.buckets.enable --training.local_batch_size=1 {CP}=2",
+        2,
+        "training.local_batch_size=1 x 8 image tokens must be a multiple of 32 for "
+        'model.converters=["quantize.linear.mx"]: use training.local_batch_size=4',
+    ),
+    (
+        "--model.converters=quantize.linear.mx --data.buckets.enable --data.buckets.constant_tokens",
+        1,
+        "data.buckets.constant_tokens=true changes the number of samples, so data.buckets.step must give each of them "
+        'a multiple of 32 image tokens on a process for model.converters=["quantize.linear.mx"], not 16: raise it, or '
+        "set constant_tokens to false",
+    ),
+    (
         f"--model.converters=quantize.linear.mx {CP}=2 --training.local_batch_size=1 --encoder.max_t5_encoding_len=32",
         2,
         "training.local_batch_size=1 x 16 text tokens must be a multiple of 32 for "

@@ -1,6 +1,7 @@
 """Reading a folder of pictures, and every way it can be wrong."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def test_split_is_fixed_and_complete(folder):
     train = ImageFolderSource(str(folder), DATA, split="train").pictures
     held_out = ImageFolderSource(str(folder), DATA, split="validation").pictures
     assert sorted(train + held_out) == everything and len(held_out) == 1
+
+
+def test_names_that_are_not_text(folder):
+    odd = os.fsdecode(b"a\xff.png")
+    (folder / "b.png").rename(folder / odd)
+    (folder / "b.txt").rename(folder / odd.replace(".png", ".txt"))
+    splits = [ImageFolderSource(str(folder), DATA, split=split) for split in ("train", "validation")]
+    samples = [source[index] for source in splits for index in range(len(source))]
+    assert {sample.key for sample in samples} == {"a.jpg", "a\ufffd.png", "d.JPEG", "deep/c.webp"}
+    (folder / odd.replace(".png", ".txt")).unlink()
+    with pytest.raises(BadSample, match="there is no a\ufffd[.]txt beside it") as raised:
+        [source[index] for source in splits for index in range(len(source))]
+    assert raised.value.key == "a\ufffd.png"
 
 
 def test_sizes_are_those_of_the_headers(tmp_path):

@@ -201,6 +201,9 @@ def test_names_stay_when_data_moves():
     assert name_files(["/x/a/0.tar", "/x/ab/0.tar", "/x/ab/c/1.tar"]) == ["a/0.tar", "ab/0.tar", "ab/c/1.tar"]
     assert name_files(["s3://b/x/0.tar", "s3://b/y/0.tar"]) == ["x/0.tar", "y/0.tar"]
     assert name_files(["/0.tar"]) == ["0.tar"]
+    assert name_files(["https://h/0.tar?key=1", "https://h/1.tar?key=2"]) == ["0.tar", "1.tar"]
+    assert name_files(["https://h/get?file=0", "https://h/get?file=1"]) == ["get?file=0", "get?file=1"]
+    assert name_files(["/x/a?.tar", "/x/a.tar"]) == ["a?.tar", "a.tar"]
     assert name_files(["0.tar", "a/0.tar"]) == ["0.tar", "a/0.tar"]
 
 
