@@ -46,7 +46,7 @@ from training.optimizer import optimizer_tensors
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
 STARTED_MS = now_ms()  # about when the program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONFIG_FILE, EXPORT_FOLDER = "config.toml", "export"  # in the run folder
+EXPORT_FOLDER = "export"  # in the run folder
 # In the folder of exports.
 EXPORT_FILE, EMA_EXPORT_FILE = "transformer.safetensors", "transformer_ema.safetensors"
 PIPELINE_FOLDER = "diffusers"

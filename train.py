@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from build import (
-    CONFIG_FILE,
     DTYPES,
     EMA_EXPORT_FILE,
     EXPORT_FILE,
@@ -46,7 +45,7 @@ from checkpoint.safetensors_file import write_safetensors
 from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
-from config.write import format_config, save_config
+from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import Evaluator
 from flux.autoencoder import AutoencoderConfig
 from flux.batch import BadRecord, RawBatch

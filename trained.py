@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from build import CONFIG_FILE, EMA_EXPORT_FILE, EXPORT_FILE, EXPORT_FOLDER, build_encoders
+from build import EMA_EXPORT_FILE, EXPORT_FILE, EXPORT_FOLDER, build_encoders
 from checkpoint.dcp import read_train_state
 from checkpoint.exchange import CHECKPOINT_LAYOUT, Weights, open_weights
 from checkpoint.lazy import LazyTensor
@@ -17,6 +17,7 @@ from checkpoint.steps import find_steps
 from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import restore_config
+from config.write import CONFIG_FILE
 from flux.config import Model
 from flux.data.tokenizers import build_tokenizer
 from flux.encoders import Encoders

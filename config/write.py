@@ -8,6 +8,8 @@ from typing import Any
 from config.job_config import JobConfig
 from config.keys import KEYS, Key
 
+CONFIG_FILE = "config.toml"  # in the run folder
+
 _HEAD = "# The complete configuration of a run. Train it again with: python train.py --job.config_file THIS_FILE\n"
 
 
