@@ -7,6 +7,7 @@ Every line is ok, warning or error. Nothing is changed and the network is not as
 way. 1: an error does. 2: the configuration is wrong.
 """
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -379,12 +380,16 @@ def _saved_bytes(config: JobConfig) -> tuple[int, str]:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return exit_codes.OK
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.doctor",
+        usage="%(prog)s [--job.config_file FILE] [--section.key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _, options = parser.parse_known_args(argv)
     try:
         world_size = read_process_count(os.environ)
-        config, _ = parse(["--job.config_file", str(TINY_RUN), *argv], world_size)
+        config, _ = parse(["--job.config_file", str(TINY_RUN), *options], world_size)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return exit_codes.CONFIG

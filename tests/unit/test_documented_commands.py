@@ -64,6 +64,8 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
         return f"{module} does not exist"
     if module == "scripts.check_config":
         return config_problem(["--job.config_file", *arguments])
+    if module == "scripts.doctor":
+        return config_problem(arguments)
     unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"} - options(path)
     return f"{module} does not know {', '.join(sorted(unknown))}" if unknown else None
 
