@@ -101,10 +101,12 @@ def test_kill_9_frees_the_folder_at_once(tmp_path, caplog):
 
 def try_after_the_parents_death(folder, before=""):
     """A run forks a worker and is killed; the worker lives on while the next run starts."""
-    body = f"import os\n{before}\n" + HOLD.format("child = os.fork() or time.sleep(60)\nprint(child, flush=True)", 60)
+    # The worker speaks for itself: by then its fork has let go of the lock.
+    fork = "if not os.fork():\n    print(os.getpid(), flush=True)\n    time.sleep(60)"
+    body = f"import os\n{before}\n" + HOLD.format(fork, 60)
     command = [sys.executable, "-c", body, str(folder)]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(holder.stdout.readline())
+    worker = int(next(line for line in holder.stdout if line != "held\n"))
     end(holder)
     try:
         RunLock(folder).release()
