@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,11 +103,11 @@ def test_kill_9_frees_the_folder_at_once(tmp_path, caplog):
 def try_after_the_parents_death(folder, before=""):
     """A run forks a worker and is killed; the worker lives on while the next run starts."""
     # The worker speaks for itself: by then its fork has let go of the lock.
-    fork = "if not os.fork():\n    print(os.getpid(), flush=True)\n    time.sleep(60)"
+    fork = "if not os.fork():\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(60)"
     body = f"import os\n{before}\n" + HOLD.format(fork, 60)
     command = [sys.executable, "-c", body, str(folder)]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(next(line for line in holder.stdout if line != "held\n"))
+    worker = int(next(found[0] for line in holder.stdout if (found := re.search(r"\d+", line))))  # beside "held"
     end(holder)
     try:
         RunLock(folder).release()
