@@ -26,7 +26,7 @@ from config.job_config import JobConfig
 from config.parse import ConfigError, parse, read_process_count
 from flux.text_folders import resolve_clip, resolve_t5
 from runtime import exit_codes
-from scripts.check_environment import OLDEST_PYTHON, check_requirement, read_requirements, release
+from runtime.requirements import OLDEST_PYTHON, check_requirement, read_requirements, release
 
 ROOT = Path(__file__).parents[1]
 TINY_RUN = ROOT / "train_configs" / "flux_tiny.toml"

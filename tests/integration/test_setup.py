@@ -32,8 +32,10 @@ def write_program(path, text):
 def checkout(tmp_path):
     """A folder with the shell scripts and what they call."""
     folder = tmp_path / "a checkout"
-    (folder / "scripts").mkdir(parents=True)
-    for name in ("run_train.sh", "run_tests.sh", "setup_env.sh", "scripts/check_environment.py"):
+    for name in ("scripts", "runtime"):
+        (folder / name).mkdir(parents=True)
+    shell = ("run_train.sh", "run_tests.sh", "setup_env.sh")
+    for name in (*shell, "scripts/check_environment.py", "runtime/requirements.py"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 

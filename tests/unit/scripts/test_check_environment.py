@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime import requirements as reader
+from runtime.requirements import read_requirements, release
 from scripts import check_environment
-from scripts.check_environment import main, read_requirements, release
+from scripts.check_environment import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,7 +21,7 @@ def installed(monkeypatch):
             raise PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(check_environment, "version", version)
+    monkeypatch.setattr(reader, "version", version)
     return versions
 
 

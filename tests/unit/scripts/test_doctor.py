@@ -12,7 +12,7 @@ import scripts.doctor as doctor
 from config.parse import parse
 from flux.model import FluxTransformer
 from flux.spec import SPECS
-from scripts.check_environment import Requirement
+from runtime.requirements import Requirement
 from scripts.doctor import GIB, Case, Finding, examine, main
 
 ROOT = Path(__file__).parents[3]
