@@ -1,7 +1,7 @@
 """What a run shows of itself while it trains: the loss on held-out samples, and a grid of pictures."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from config.job_config import JobConfig
 from flux.batch import RawBatch
+from flux.data.dataset import TIME_STEPS
 from flux.data.loader import Loader
 from flux.data.shape_score import can_score, describe_scores, score_pictures
 from flux.encoders import Encoders
@@ -18,9 +19,12 @@ from flux.sampling import draw_pictures
 from flux.spec import ModelSpec
 from parallel.data_parallel import reshard
 from parallel.mesh import Layout
+from training.ema import ema_weights
 from training.metrics import MetricsLogger
+from training.validation import describe_loss, summarize_errors
 
 log = logging.getLogger("train")
+OF_AVERAGE = "_ema"  # ends the names of what was measured and drawn with the average of the weights
 
 
 class Evaluator:
@@ -28,8 +32,11 @@ class Evaluator:
 
     Args:
         loader: held-out batches.
-        squared_error: of a batch, summed over this rank's tokens; the very function that training minimizes.
+        squared_errors: of the samples of a batch, summed over this rank's tokens; the very function that training
+            minimizes.
         predict: the velocity of all tokens, on every rank.
+        ema: average of the weights; empty: there is none.
+        after_change: called each time other weights have been put into the model.
         metrics: where figures go; None on ranks that write none.
     """
 
@@ -42,14 +49,17 @@ class Evaluator:
         encoders: Encoders,
         model: nn.Module,
         loader: Loader,
-        squared_error: Callable[[RawBatch], Tensor],
+        squared_errors: Callable[[RawBatch], Tensor],
         predict: Callable[..., Tensor],
         dtype: torch.dtype,
+        ema: Mapping[str, Tensor],
+        after_change: Callable[[], object],
         metrics: MetricsLogger | None,
     ):
         self.config, self.folder, self.layout, self.spec = config, folder, layout, spec
         self.encoders, self.model, self.loader, self.dtype = encoders, model, loader, dtype
-        self.squared_error, self.predict, self.metrics = squared_error, predict, metrics
+        self.squared_errors, self.predict, self.metrics = squared_errors, predict, metrics
+        self.ema, self.after_change = ema, after_change
         section = config.validation
         self.prompts: list[str] = []
         if section.eval_freq and section.prompts_path:
@@ -57,28 +67,76 @@ class Evaluator:
         elif section.eval_freq:
             self.prompts = loader.captions(section.save_img_count)
 
-    @torch.no_grad()
-    def validate(self, step: int) -> float:
-        """Mean squared error over the held-out samples, with fixed noise and times."""
-        end = self.loader.end
-        assert end is not None
-        if self.metrics:
-            self.metrics.start_validation(step)
-        total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)  # squared error, bad samples
-        for raw in self.loader:
-            total[0] += self.squared_error(raw)
-            total[1] += len(raw.bad)
-        reshard(self.model)
-        error, bad = self.layout.sum(total).tolist()
-        if bad:
-            log.warning("validation: others stand for %d bad samples", bad / self.layout.degrees.cp)
-        loss = error / (end * raw.draws.noise_BTC[0].numel())
-        if self.metrics:
-            self.metrics.log(step, {"validation_loss": loss})
-        return loss
+    def evaluate(self, step: int, samples: int) -> bool:
+        """Validates and draws where that is due after `step` updates of `samples` samples in all, with the weights and
+        with their average.
 
-    def draw_grid(self, step: int) -> str:
-        """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right."""
+        Returns:
+            Whether validation.target_loss is reached.
+        """
+        section, training = self.config.validation, self.config.training
+        reached, is_validated = False, training.is_due(section.freq, step)
+        if is_validated:
+            loss = self.validate(step)["validation_loss"]
+            reached = section.target_loss is not None and loss <= section.target_loss
+        if reached:
+            log.info("validation.target_loss=%g is reached after %d samples", section.target_loss, samples)
+            if self.metrics:
+                self.metrics.log(step, {"samples_to_target_loss": samples})
+        is_drawn = section.eval_freq > 0 and (reached or training.is_due(section.eval_freq, step))
+        if is_drawn:
+            self.draw_grid(step)
+        if self.ema and (is_validated or is_drawn):
+            with ema_weights(self.ema, dict(self.model.named_parameters()), self.weights_changed):
+                if is_validated:
+                    self.validate(step, OF_AVERAGE)
+                if is_drawn:
+                    self.draw_grid(step, OF_AVERAGE)
+        return reached
+
+    def weights_changed(self) -> None:
+        """To be called when other weights have been put into the model."""
+        reshard(self.model)  # what was gathered is of the weights before
+        self.after_change()
+
+    @torch.no_grad()
+    def validate(self, step: int, of: str = "") -> dict[str, float]:
+        """Mean squared error over the held-out samples, with fixed noise and times: `summarize_errors`.
+
+        Args:
+            of: "", or OF_AVERAGE for the names of the figures in the metrics.
+        """
+        end, layout = self.loader.end, self.layout
+        assert end is not None
+        if self.metrics and not of:
+            self.metrics.start_validation(step)
+        # Squared error and time of every sample, each at its place, so that all layouts and batch sizes add up alike.
+        found = torch.zeros(2, end, dtype=torch.float64, device=layout.device)
+        bad = torch.zeros((), dtype=torch.float64, device=layout.device)
+        for raw in self.loader:
+            errors_B = self.squared_errors(raw)
+            counts = slice(None) if raw.counts_B is None else raw.counts_B > 0
+            places = raw.position_B[counts].to(layout.device)
+            found[0, places] = errors_B[counts].double()
+            found[1, places] = raw.draws.t_B[counts].to(layout.device).double()
+            bad += len(raw.bad)
+        reshard(self.model)
+        errors, times = layout.sum(found).cpu()
+        if replaced := layout.sum(bad).item():
+            log.warning("validation: others stand for %d bad samples", replaced / layout.degrees.cp)
+        visits = TIME_STEPS if self.config.validation.all_times else 1
+        figures = summarize_errors(errors / raw.draws.noise_BTC[0].numel(), times / layout.degrees.cp, visits)
+        log.info("step %d: validation loss%s %s", step, " of the average" if of else "", describe_loss(figures))
+        if self.metrics:
+            self.metrics.log(step, {name.replace("_loss", f"_loss{of}", 1): value for name, value in figures.items()})
+        return figures
+
+    def draw_grid(self, step: int, of: str = "") -> None:
+        """Draws the prompt grid, with the same noise every time, and says where it is and what share of it is right.
+
+        Args:
+            of: "", or OF_AVERAGE for the names of the picture and its scores.
+        """
         validation, side, layout = self.config.validation, self.config.training.img_size, self.layout
         # All groups draw equally many, since ranks wait for each other: the last prompt fills up.
         share = -(-len(self.prompts) // layout.degrees.dp)
@@ -99,14 +157,15 @@ class Evaluator:
         )
         reshard(self.model)
         pixels_BCHW = layout.gather_samples(pixels_BCHW.to(layout.device))[: len(self.prompts)]
-        path = self.folder / validation.save_img_folder / f"step-{step:06d}.png"
+        path = self.folder / validation.save_img_folder / f"step-{step:06d}{of}.png"
         if self.metrics is None:
-            return str(path)
+            return
         images = make_images(pixels_BCHW.cpu())
         save_grid(images, path)
-        self.metrics.log_image(step, "samples", path)
-        if not can_score(self.prompts):
-            return str(path)
-        scores = score_pictures(images, self.prompts)
-        self.metrics.log(step, scores)
-        return f"{path} has right {describe_scores(scores)}"
+        self.metrics.log_image(step, f"samples{of}", path)
+        told = str(path)
+        if can_score(self.prompts):
+            scores = score_pictures(images, self.prompts)
+            self.metrics.log(step, {f"{name}{of}": score for name, score in scores.items()})
+            told += f" has right {describe_scores(scores)}"
+        log.info("step %d: %s", step, told)

@@ -53,7 +53,7 @@ from flux.data.build import Deal, build_training_loader, build_validation_loader
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
 from flux.flops import training_flops, with_unit
-from flux.flow import squared_error_sum
+from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
@@ -123,7 +123,7 @@ class FluxTrainer:
         self.plan = make_plan(self.spec.transformer)
         self.model = build_model(config, self.spec, layout)
         start_weights(config, self.spec, self.model, layout, found)
-        self.loss_sum = compile_loss(squared_error_sum, config.compile)
+        self.loss = compile_loss(squared_errors, config.compile)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         cost = f"{with_unit(self.sample_flops(training.img_tokens))}FLOP per training sample"
         recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
@@ -146,8 +146,9 @@ class FluxTrainer:
         self.evaluator: Evaluator | None = None
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
-            parts = (self.spec, self.encoders, self.model, held_out, self.squared_error, self.predict, self.dtype)
-            self.evaluator = Evaluator(config, folder, layout, *parts, self.metrics)
+            parts = (self.spec, self.encoders, self.model, held_out, self.squared_errors, self.predict, self.dtype)
+            average = (self.ema, self._after_change)
+            self.evaluator = Evaluator(config, folder, layout, *parts, *average, metrics=self.metrics)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):
@@ -201,8 +202,9 @@ class FluxTrainer:
         """Floating-point operations of training on one picture of so many tokens."""
         return training_flops(self.spec.transformer, tokens, self.config.encoder.max_t5_encoding_len)
 
-    def squared_error(self, raw: RawBatch) -> Tensor:
-        """Batch -> sum of squared errors of the predicted velocity, over this rank's tokens of its samples that count.
+    def squared_errors(self, raw: RawBatch) -> Tensor:
+        """Batch -> squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that
+        only fills up the batch.
 
         Training and validation share these lines.
         """
@@ -212,7 +214,8 @@ class FluxTrainer:
         # Identity unless context parallel ranks share the tokens.
         local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
         local_target_BTC = local.pop("target_BTC")
-        return self.loss_sum(self.model(**local), local_target_BTC, raw.counts_B)
+        errors_B = self.loss(self.model(**local), local_target_BTC)
+        return errors_B if raw.counts_B is None else errors_B * raw.counts_B
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
         """Gradients of one update, and this rank's part of its loss.
@@ -225,7 +228,7 @@ class FluxTrainer:
                 raw = next(batches)
             self.bad += raw.bad
             update_elements = raw.draws.noise_BTC[0].numel() * raw.update_samples
-            micro_loss = self.squared_error(raw) / update_elements
+            micro_loss = self.squared_errors(raw).sum() / update_elements
             micro_loss.backward()
             loss += micro_loss.detach()
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
@@ -238,7 +241,7 @@ class FluxTrainer:
         grad_norm = self.clip_gradients()
         self.optimizer.step()
         self.lr_scheduler.step()
-        after_update(self.model, self.config.model.converters, self.config.quantize)
+        self._after_change()
         self.step += 1
         if self.ema:
             update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
@@ -267,13 +270,13 @@ class FluxTrainer:
             loss, grad_norm = self.train_step(batches)
             steps.advance()
             self.checkpointer.poll()
-            if is_logged := self.step == 1 or self._due(self.config.metrics.log_freq):
+            if is_logged := self.step == 1 or training.is_due(self.config.metrics.log_freq, self.step):
                 self._note_bad_samples()
                 steps.report(self.step, self._log_step(self.layout.sum(loss).item(), grad_norm.item(), float(lr)))
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
-                reached = self._evaluate()
+                reached = self.evaluator is not None and self.evaluator.evaluate(self.step, self.cursor)
                 if self._must_save(is_logged, reached):
                     self.save()
             if reached:
@@ -281,20 +284,9 @@ class FluxTrainer:
         steps.close()
         self._finish()
 
-    def _evaluate(self) -> bool:
-        """Validates and draws where that is due. Whether the run has reached validation.target_loss."""
-        validation, reached = self.config.validation, False
-        if self.evaluator and self._due(validation.freq):
-            loss = self.evaluator.validate(self.step)
-            log.info("step %d: validation loss %.4f", self.step, loss)
-            reached = validation.target_loss is not None and loss <= validation.target_loss
-            if reached:
-                log.info("validation.target_loss=%g is reached after %d samples", validation.target_loss, self.cursor)
-                if self.metrics:
-                    self.metrics.log(self.step, {"samples_to_target_loss": self.cursor})
-        if self.evaluator and (self._due(validation.eval_freq) or (reached and validation.eval_freq)):
-            log.info("step %d: %s", self.step, self.evaluator.draw_grid(self.step))
-        return reached
+    def _after_change(self) -> None:
+        """Computes anew what follows from the weights."""
+        after_update(self.model, self.config.model.converters, self.config.quantize)
 
     def _must_save(self, is_logged: bool, is_last: bool) -> bool:
         """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
@@ -302,10 +294,6 @@ class FluxTrainer:
             return True
         by_minutes = is_logged and self.config.checkpoint.interval_minutes > 0
         return by_minutes and self.layout.agree(self.checkpointer.is_overdue())
-
-    def _due(self, freq: int) -> bool:
-        """Every `freq` steps and at the last one; 0: never."""
-        return freq > 0 and (self.step % freq == 0 or self.step == self.config.training.steps)
 
     def _finish(self) -> None:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""

@@ -46,10 +46,12 @@ class TrainedRun(NamedTuple):
     encoders: Encoders
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
+    """Weights that are there, and not read yet."""
+
     path: Path
     weights: Weights
-    step: int
+    step: int  # 0: not known
     config: JobConfig | None  # None: nothing there tells
 
 
@@ -69,7 +71,7 @@ def load_run(
         ValueError: nothing of the kind, damaged, or without encoders that are known.
     """
     given = None if config_file is None else load_config([f"--job.config_file={config_file}"], quiet=True)
-    opened = _open_run(path, part) if (path / CONFIG_FILE).is_file() else _open(path, part)
+    opened = open_trained(path, part)
     config = given or opened.config or _find_config(opened)
     spec = SPECS[config.model.flavor]
     check_fits(opened.weights.tensors, spec, str(opened.path))
@@ -80,7 +82,16 @@ def load_run(
     return TrainedRun(opened.path, opened.step, config, spec, model, encoders)
 
 
-def _open_run(folder: Path, part: str) -> _Opened:
+def open_trained(path: Path, part: str = "model") -> Opened:
+    """The weights at `path`, as `load_run` finds them.
+
+    Raises:
+        ValueError: nothing of the kind, or damaged.
+    """
+    return _open_run(path, part) if (path / CONFIG_FILE).is_file() else _open(path, part)
+
+
+def _open_run(folder: Path, part: str) -> Opened:
     """The newest that a run has left: its newest whole checkpoint, or its export unless that is older."""
     config = load_config([f"--job.config_file={folder / CONFIG_FILE}"], quiet=True)
     export = folder / EXPORT_FOLDER / (EMA_EXPORT_FILE if part == "ema" else EXPORT_FILE)
@@ -105,13 +116,13 @@ def _open_run(folder: Path, part: str) -> _Opened:
     return _open(export, "model")._replace(config=config)
 
 
-def _open(path: Path, part: str) -> _Opened:
+def _open(path: Path, part: str) -> Opened:
     weights = open_weights(path, LAYOUTS, part)
     if weights.layout != CHECKPOINT_LAYOUT:
-        return _Opened(path, weights, _read_step(weights.metadata), None)
+        return Opened(path, weights, _read_step(weights.metadata), None)
     state = read_train_state(path)
     config = restore_config(state["config"], str(path)) if "config" in state else None
-    return _Opened(path, weights, _read_step(state), config)
+    return Opened(path, weights, _read_step(state), config)
 
 
 def _read_step(state: Mapping[str, Any]) -> int:
@@ -120,7 +131,7 @@ def _read_step(state: Mapping[str, Any]) -> int:
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
-def _find_config(opened: _Opened) -> JobConfig:
+def _find_config(opened: Opened) -> JobConfig:
     """The defaults, with the encoders that lie beside the weights or in this repository."""
     path, tensors = opened.path, opened.weights.tensors
     flavor = find_flavor(tensors)

@@ -26,7 +26,7 @@ from checkpoint.adapter import to_hf
 from config.job_config import JobConfig
 from flux.config import Training
 from flux.flops import training_flops
-from flux.flow import squared_error_sum
+from flux.flow import squared_errors
 from flux.model import FluxTransformer
 from flux.positions import image_ids, text_ids
 from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
@@ -110,7 +110,7 @@ def build_step(model: nn.Module, predict: Callable[[], Tensor], target_BTC: Tens
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         velocity_BTC = predict()
-        (squared_error_sum(velocity_BTC, target_BTC) / target_BTC.numel()).backward()
+        (squared_errors(velocity_BTC, target_BTC).sum() / target_BTC.numel()).backward()
         return velocity_BTC.detach()
 
     return step

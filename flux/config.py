@@ -205,6 +205,10 @@ class Training:
         """Forward passes per update."""
         return self.update_size(groups) // (self.local_batch_size * groups)
 
+    def is_due(self, freq: int, step: int) -> bool:
+        """Every `freq` steps and at the last one; 0: never."""
+        return freq > 0 and (step % freq == 0 or step == self.steps)
+
     def describe_update(self, groups: int) -> str:
         """Such as `4 per step x 4 groups x 2 accumulated = 32 per update`."""
         dealt = f" x {groups} groups" if groups > 1 else ""
@@ -229,6 +233,7 @@ class Validation:
         Literal["midpoints", "eighths"],
         "times of the samples in turn: (k + 0.5) / 8 as torchtitan takes them, or k / 8 as MLPerf does, k = 0..7",
     ] = "midpoints"
+    all_times: Annotated[bool, "measure every sample at all eight times, instead of each at one in turn"] = False
     target_loss: Annotated[
         float | None, "the run ends with success when the validation loss is no higher", "(0, inf)"
     ] = None

@@ -55,16 +55,16 @@ def make_target(latents_BTC: Tensor, noise_BTC: Tensor) -> Tensor:
     return noise_BTC - latents_BTC
 
 
-def squared_error_sum(velocity_BTC: Tensor, target_BTC: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """Sum of squared errors in fp32. Divided by the element count of the whole update it is the plain MSE loss,
-    exact under accumulation and uneven shards.
+def squared_errors(velocity_BTC: Tensor, target_BTC: Tensor) -> Tensor:
+    """Squared error of every sample, [B], summed over its tokens in fp32.
+
+    Summed up and divided by the element count of the whole update it is the plain MSE loss, exact under accumulation
+    and uneven shards.
 
     Args:
         velocity_BTC, target_BTC: of any floating dtype.
-        weight_B: of each sample; None: every one counts once.
     """
-    error_BTC = (velocity_BTC.float() - target_BTC.float()).square()
-    return error_BTC.sum() if weight_B is None else (error_BTC * weight_B[:, None, None]).sum()
+    return (velocity_BTC.float() - target_BTC.float()).square().sum(dim=(1, 2))
 
 
 def make_schedule(config: ScheduleConfig, steps: int, image_tokens: int) -> Tensor:

@@ -21,7 +21,7 @@ from build import build_model, build_run_layout, compute_dtype
 from config.job_config import JobConfig
 from config.parse import load_config, read_process_count
 from flux.batch import TextCond
-from flux.flow import squared_error_sum
+from flux.flow import squared_errors
 from flux.inputs import make_model_inputs
 from flux.plans import make_plan
 from flux.spec import PIXELS_PER_TOKEN, SPECS
@@ -74,7 +74,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
             with counter:
                 target_BTC = inputs.pop("target_BTC")
                 assert target_BTC is not None
-                squared_error_sum(model(**inputs), target_BTC).backward()
+                squared_errors(model(**inputs), target_BTC).sum().backward()
                 clip_grad_norm_(model.parameters(), config.training.max_norm)
             optimizer.step()
             parameters = list(model.parameters())

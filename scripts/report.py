@@ -30,6 +30,8 @@ from training.plots import read_metrics, running_mean, series
 
 COLORS = [colormaps["tab10"](number)[:3] for number in range(10)]
 GRID_SIDE = 768  # pixels; larger pictures are made smaller
+ERROR = "mean squared error of the velocity"
+AT_TIME = "validation_loss/t="  # begins the names of the loss at one time
 MOST_GRIDS = 12  # of a run; of more, so many spread over all of it
 
 
@@ -38,14 +40,14 @@ class Chart(NamedTuple):
 
     title: str
     unit: str
-    figures: tuple[str, ...]  # names in the metrics; a run without any of them has no curve
+    figures: tuple[str, ...]  # names in the metrics, the later ones dashed; a run without any of them has no curve
     smooth: bool = False  # the running mean, with what was logged behind it
     log_scale: bool = False
 
 
 CHARTS = (
-    Chart("Training loss", "mean squared error of the velocity", ("loss",), smooth=True),
-    Chart("Validation loss", "mean squared error of the velocity", ("validation_loss",)),
+    Chart("Training loss", ERROR, ("loss",), smooth=True),
+    Chart("Validation loss (dashed: of the average)", ERROR, ("validation_loss", "validation_loss_ema")),
     Chart("Gradient norm, before clipping", "", ("grad_norm",), smooth=True, log_scale=True),
     Chart("Learning rate", "", ("lr",)),
     Chart("Throughput", "samples per second", ("samples_per_s",), smooth=True),
@@ -129,7 +131,7 @@ def draw_chart(chart: Chart, runs: Sequence[Run]) -> str | None:
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
         color = COLORS[number % len(COLORS)]
-        for name in chart.figures:
+        for style, name in zip(("-", "--"), chart.figures, strict=False):
             steps, values = series(run.lines, name)
             if not len(steps):
                 continue
@@ -138,12 +140,40 @@ def draw_chart(chart: Chart, runs: Sequence[Run]) -> str | None:
                 axes.plot(samples, values, color=color, alpha=0.25, linewidth=0.8)
             shown = running_mean(values) if chart.smooth else values
             marker = "o" if len(steps) < 50 and not chart.smooth else None
-            axes.plot(samples, shown, color=color, linewidth=1.6, marker=marker, markersize=3, label=run.name)
+            label = run.name if style == "-" else None
+            axes.plot(samples, shown, style, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
+    if chart.log_scale and axes.lines and all((numpy.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
+        axes.set_yscale("log")
+    return _finish(figure, "samples seen", chart.unit)
+
+
+def draw_loss_by_time(runs: Sequence[Run]) -> str | None:
+    """The last validation of each run, as SVG; None where none is known by time."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        curves = [
+            {
+                float(name.removeprefix(AT_TIME)): float(value)
+                for name, value in line.items()
+                if name.startswith(AT_TIME)
+            }
+            for line in run.lines
+        ]
+        last = next((curve for curve in reversed(curves) if curve), {})
+        if last:
+            times = sorted(last)
+            color = COLORS[number % len(COLORS)]
+            axes.plot(times, [last[time] for time in times], "o-", color=color, markersize=3, label=run.name)
+    return _finish(figure, "time, from the picture (0) to noise (1)", ERROR)
+
+
+def _finish(figure: Figure, xlabel: str, ylabel: str) -> str | None:
+    """A diagram as SVG; None: it has no curve."""
+    (axes,) = figure.axes
     if not axes.lines:
         return None
-    axes.set(xlabel="samples seen", ylabel=chart.unit)
-    if chart.log_scale and all((numpy.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
-        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     text = io.StringIO()
@@ -175,9 +205,10 @@ def write_report(runs: Sequence[Run]) -> str:
         for name in dict.fromkeys(key for one in summaries for key in one)
     }
     parts = [_table(names, rows, swatches=True)]
-    charts = [(chart, svg) for chart in CHARTS if (svg := draw_chart(chart, runs))]
+    charts = [(chart.title, draw_chart(chart, runs)) for chart in CHARTS]
+    charts.insert(2, ("Validation loss by time, at last", draw_loss_by_time(runs)))
     parts.append('<div class="charts">')
-    parts += [f"<figure><figcaption>{html.escape(chart.title)}</figcaption>{svg}</figure>" for chart, svg in charts]
+    parts += [f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in charts if svg]
     parts.append("</div>")
     for run in runs:
         parts += _show_grids(run)

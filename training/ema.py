@@ -3,7 +3,8 @@
 torch's AveragedModel copies the module, and averages bfloat16 weights in bfloat16, in which small moves are lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def build_ema(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     averages: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         local = _local(parameter)
-        average = torch.empty(local.shape, dtype=torch.float32, device=local.device).copy_(local)
+        average = _copy(local, torch.float32)
         if isinstance(parameter, DTensor):
             mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
             average = DTensor.from_local(
@@ -45,6 +46,40 @@ def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], deca
     for name, parameter in parameters.items():
         # In float32 also where the weights are in bfloat16, in which a small move would be rounded away.
         _local(ema[name]).lerp_(_local(parameter).to(torch.float32), moved)
+
+
+@contextmanager
+def ema_weights(
+    ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], on_change: Callable[[], object]
+) -> Iterator[None]:
+    """Inside, the model holds the averages; afterwards its own weights again, bit for bit.
+
+    Costs this rank's part of the weights once more.
+
+    Args:
+        on_change: called each time the weights have changed: frees copies of them and computes anew what follows from
+            them (whole weights that were gathered, float8 scales).
+    """
+    own = {name: _copy(_local(parameter), parameter.dtype) for name, parameter in parameters.items()}
+    try:
+        _put(ema, parameters)
+        on_change()
+        yield
+    finally:
+        _put(own, parameters)
+        on_change()
+
+
+@torch.no_grad()
+def _put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        _local(parameter).copy_(_local(values[name]))
+
+
+@torch.no_grad()
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain copy on the same device, also of a subclass."""
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class ValidationDraws:
     seed: int
     sample_posterior: bool = True
     midpoints: bool = True  # times (k + 0.5) / 8 for k = 0..7, as torchtitan does; False: k / 8, as MLPerf does
+    all_times: bool = False  # the times go round whatever a data set prescribes
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class PositionedDataset(Dataset):
             pooled_V=stored["clip"],
             caption=sample.caption,
         )
-        if not self._training and sample.time_step is not None:
+        if isinstance(self.draws, ValidationDraws) and sample.time_step is not None and not self.draws.all_times:
             item = item._replace(t=self._validation_time(sample.time_step))
         return item
 

@@ -110,15 +110,17 @@ class PlainOrder:
         lengths: of the sources.
         size: in which all pictures are shown.
         seed: key of the substitutes.
+        visits: so many positions in a row have the same sample.
     """
 
-    def __init__(self, lengths: Sequence[int], size: Size, seed: int):
+    def __init__(self, lengths: Sequence[int], size: Size, seed: int, visits: int = 1):
         self.lengths = lengths
         self.size = size
         self.seed = seed
+        self.visits = visits
 
     def place(self, position: int, attempt: int = 0) -> Place:
-        length = sum(self.lengths)
+        length, position = sum(self.lengths), position // self.visits
         # Substitutes from anywhere: neighbors of a bad sample are often bad too.
         index = _draw(self.seed, position, attempt) % length if attempt else position % length
         for source, length in enumerate(self.lengths):

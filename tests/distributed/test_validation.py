@@ -1,5 +1,6 @@
 """Validation and pictures on every layout: the numbers of one process, and no trace in training."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -9,23 +10,32 @@ import pytest
 from tests.distributed.layouts import build_trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import BATCH, CP, REPLICATE, TP
+from training.metrics import METRICS_NAME
 
 LOSS_TOLERANCE = 1e-6  # relative; fp32 sums in another order
 # Of pixels in -1..1: rounding of fp32 through a sampling run, and encoders at other batch sizes.
 PIXEL_TOLERANCE = 2e-4
+PICTURES = 17  # two and more at each time, and no layout and no batch size here divides it
 VALIDATE = (
+    "--ema.enable",
     "--validation.enable",
-    "--validation.steps=3",  # of 4 samples: 12, which 2 groups of 4 do not divide
-    "--validation.local_batch_size=4",
+    "--validation.dataset=imagefolder",
+    "--validation.steps=-1",
+    "--validation.freq=1",
+    "--validation.eval_freq=1",
     "--validation.save_img_count=3",
     "--validation.denoising_steps=2",
 )
+VALIDATE_AT = "--validation.local_batch_size={}".format
+# Processes, samples that each of them validates at a time, options.
 ROWS = {
-    "fsdp 2": (2, (BATCH(4),)),
-    "cp 2": (2, (BATCH(8), CP(2))),
-    "tp 2": (2, (BATCH(8), TP(2))),
-    "never reshard": (2, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=never")),
-    "hsdp 2x2 x cp 2": (8, (BATCH(2), REPLICATE(2), CP(2))),
+    "8 at a time": (1, 8, (BATCH(8),)),
+    "fsdp 2": (2, 3, (BATCH(4),)),
+    "hsdp 2x2": (4, 1, (BATCH(2), REPLICATE(2))),
+    "cp 2": (2, 8, (BATCH(8), CP(2))),
+    "tp 2": (2, 1, (BATCH(8), TP(2))),
+    "never reshard": (2, 3, (BATCH(4), "--parallelism.fsdp_reshard_after_forward=never")),
+    "hsdp 2x2 x cp 2": (8, 1, (BATCH(2), REPLICATE(2), CP(2))),
 }
 
 
@@ -35,12 +45,13 @@ def validate(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]
     batches, found = iter(trainer.loader), {}
     trainer.train_step(batches)
     if trainer.evaluator is not None:
-        found["loss"] = trainer.evaluator.validate(trainer.step)
-        trainer.evaluator.draw_grid(trainer.step)
-        pictures = list(Path(folder).rglob("*.png"))
+        trainer.evaluator.evaluate(trainer.step, samples=0)
         from PIL import Image
 
-        found["pixels"] = [np.asarray(Image.open(picture)) for picture in pictures] if rank == 0 else []
+        lines = (Path(folder) / METRICS_NAME).read_text().splitlines() if rank == 0 else []
+        found["figures"] = {name: value for line in lines for name, value in json.loads(line).items()}
+        pictures = sorted(Path(folder).rglob("*.png"))
+        found["pixels"] = {path.name: np.asarray(Image.open(path)) for path in pictures} if rank == 0 else {}
     loss, norm = trainer.train_step(batches)
     found["next"] = (trainer.layout.sum(loss).item(), norm.item())
     return found
@@ -52,21 +63,45 @@ def run(world_size: int, *overrides: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict:
-    return run(1, BATCH(8), *VALIDATE)
+def held_out(tmp_path_factory) -> str:
+    """The option that names the held-out pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("held-out")
+    for number in range(PICTURES):
+        Image.new("RGB", (64, 64), (number * 15, 255 - number * 15, 90)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"color number {number}")
+    return f"--validation.dataset_path={folder}"
+
+
+@pytest.fixture(scope="module")
+def one_process(held_out) -> dict:
+    return run(1, BATCH(8), *VALIDATE, VALIDATE_AT(4), held_out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
-def test_a_layout_validates_like_one_process(one_process, name):
-    processes, options = ROWS[name]
-    found = run(processes, *options, *VALIDATE)
-    assert found["loss"] == pytest.approx(one_process["loss"], rel=LOSS_TOLERANCE)
-    (ours,), (theirs,) = found["pixels"], one_process["pixels"]
-    assert np.abs(ours.astype(float) - theirs.astype(float)).max() <= 255 * PIXEL_TOLERANCE + 1  # + rounding to 8 bits
+def test_a_layout_validates_like_one_process(one_process, held_out, name):
+    processes, at_a_time, options = ROWS[name]
+    found = run(processes, *options, *VALIDATE, VALIDATE_AT(at_a_time), held_out)
+    assert found["figures"] == pytest.approx(one_process["figures"], rel=LOSS_TOLERANCE)
+    assert found["pixels"].keys() == one_process["pixels"].keys() == {"step-000001.png", "step-000001_ema.png"}
+    for picture, theirs in one_process["pixels"].items():
+        difference = np.abs(found["pixels"][picture].astype(float) - theirs.astype(float)).max()
+        assert difference <= 255 * PIXEL_TOLERANCE + 1, picture  # + rounding to 8 bits
     assert found["next"] == run(processes, *options)["next"], "training does not notice validation"
 
 
-def test_control_another_number_of_samples_is_another_loss(one_process):
-    other = run(2, BATCH(4), *VALIDATE, "--validation.steps=2")
-    assert other["loss"] != pytest.approx(one_process["loss"], rel=100 * LOSS_TOLERANCE)
+def test_every_figure_is_there_and_the_average_is_another_model(one_process):
+    figures = one_process["figures"]
+    kinds = ("validation_loss", "validation_loss_ema")
+    assert all(f"{kind}{part}" in figures for kind in kinds for part in ("", "_stderr", "/t=0.0625", "/t=0.9375"))
+    assert len([name for name in figures if "/t=" in name]) == 2 * 8
+    assert figures["validation_loss"] != pytest.approx(figures["validation_loss_ema"], rel=100 * LOSS_TOLERANCE)
+
+
+def test_control_another_number_of_samples_is_another_loss(one_process, held_out):
+    other = run(2, BATCH(4), *VALIDATE, VALIDATE_AT(4), held_out, "--validation.steps=2")["figures"]
+    assert other["validation_loss"] != pytest.approx(
+        one_process["figures"]["validation_loss"], rel=100 * LOSS_TOLERANCE
+    )

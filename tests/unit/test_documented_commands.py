@@ -13,7 +13,8 @@ import pytest
 from config.parse import ConfigError, parse
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/parallelism.md", "docs/checkpoints.md", "benchmarks/README.md"]
+PAGES = [f"docs/{name}.md" for name in ("parallelism", "checkpoints", "data", "convergence")]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
@@ -66,6 +67,8 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
         return config_problem(["--job.config_file", *arguments])
     if module == "scripts.doctor":
         return config_problem(arguments)
+    if module == "scripts.validate":
+        arguments = [word for word in arguments if not word.startswith("--job.")]
     unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"} - options(path)
     return f"{module} does not know {', '.join(sorted(unknown))}" if unknown else None
 

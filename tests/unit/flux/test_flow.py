@@ -12,7 +12,7 @@ from flux.flow import (
     make_target,
     resolution_mu,
     shift_times,
-    squared_error_sum,
+    squared_errors,
 )
 from flux.spec import ScheduleConfig
 
@@ -80,10 +80,10 @@ def test_schedule_runs_from_noise_to_latents(shifted):
 
 def test_loss_is_mse_when_divided_by_the_element_count():
     velocity_BTC, target_BTC = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    loss = squared_error_sum(velocity_BTC, target_BTC) / target_BTC.numel()
+    loss = squared_errors(velocity_BTC, target_BTC).sum() / target_BTC.numel()
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(velocity_BTC, target_BTC))
 
 
 def test_loss_is_summed_in_fp32_for_a_bf16_velocity():
     velocity_BTC = torch.full((1, 512, 64), 1.0, dtype=torch.bfloat16)
-    assert squared_error_sum(velocity_BTC, torch.zeros(1, 512, 64)).item() == 512 * 64
+    assert squared_errors(velocity_BTC, torch.zeros(1, 512, 64)).tolist() == [512 * 64]

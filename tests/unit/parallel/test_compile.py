@@ -10,7 +10,7 @@ import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
 
-from flux.flow import squared_error_sum
+from flux.flow import squared_errors
 from flux.model import FluxTransformer
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compile import apply_compile, check_compiler, compile_loss
@@ -100,15 +100,15 @@ def test_only_what_is_listed_is_compiled(section, blocks, loss):
     block = nn.Linear(2, 2)
     apply_compile([block], section)
     assert (block._compiled_call_impl is not None) == blocks
-    assert (compile_loss(squared_error_sum, section) is not squared_error_sum) == loss
+    assert (compile_loss(squared_errors, section) is not squared_errors) == loss
 
 
 def test_compiled_loss():
     generator = torch.Generator().manual_seed(0)
     velocity_BTC, target_BTC = torch.randn(2, 2, 6, 4, generator=generator)
-    arguments = (velocity_BTC, target_BTC, torch.ones(2))
-    expected = squared_error_sum(*arguments)
-    torch.testing.assert_close(compile_loss(squared_error_sum, TRACED)(*arguments), expected, rtol=TOLERANCE, atol=0)
+    arguments = (velocity_BTC, target_BTC)
+    expected = squared_errors(*arguments)
+    torch.testing.assert_close(compile_loss(squared_errors, TRACED)(*arguments), expected, rtol=TOLERANCE, atol=0)
     assert graphs() == 1
 
 

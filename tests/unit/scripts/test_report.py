@@ -29,7 +29,9 @@ def make_run(folder: Path, *options: str, steps: int = 40, update: int = 8, grid
             line = {"step": step, "loss": 2 / step, "grad_norm": 1 / step, "lr": 1e-3, "samples_seen": step * update}
             file.write(json.dumps(line | {"samples_per_s": 50 + step, "memory_gib": 0.5}) + "\n")
             if step % 10 == 0:
-                file.write(json.dumps({"step": step, "validation_loss": 1 / step}) + "\n")
+                by_time = {f"validation_loss/t={time}": 1 / step + time for time in (0.0625, 0.5625)}
+                average = {"validation_loss_ema": 0.9 / step}
+                file.write(json.dumps({"step": step, "validation_loss": 1 / step, **by_time, **average}) + "\n")
         file.write('{"step": 41, "lo')  # torn
     for number in range(1, grids + 1):
         Image.new("RGB", (1200, 900), (0, 200, 0)).save(folder / "img" / f"step-{number * 10:06d}.png")
@@ -58,7 +60,7 @@ def test_a_page_has_curves_pictures_and_differences(tmp_path, capsys):
     main([*map(str, runs), "--out", str(tmp_path / "deep" / "report.html")])
     assert "report.html: " in capsys.readouterr().out
     page = Page((tmp_path / "deep" / "report.html").read_text())
-    assert page.tags.count("svg") == 6  # of eight: compute and waiting were not logged
+    assert page.tags.count("svg") == 7  # of nine: compute and waiting were not logged
     assert page.tags.count("img") == 4 and "script" not in page.tags
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     for told in ("step 40 of 1,000, 320 samples", "step 40 of 7", "0.0250 (least: 0.0250 at step 40)", "done (code 0)"):

@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from parallel.shards import copy_full_, full_tensor
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, build_layers, make_full, world_size
-from training.ema import build_ema, ema_decay, update_ema
+from training.ema import build_ema, ema_decay, ema_weights, update_ema
 
 STEPS, DECAY = 12, 0.5  # from step 8 on, (1 + step) / (10 + step) is above the decay
 # float32 against float64: 12 updates round 3 times each, 6e-8 relative a time.
@@ -68,6 +68,23 @@ def test_the_average_shares_no_memory_with_the_weights():
     assert torch.equal(ema["a"], before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_holds_the_averages_inside_only(dtype):
+    weights, changes = {name: torch.nn.Parameter(value) for name, value in weights_of_step(0, dtype).items()}, []
+    ema = build_ema(weights_of_step(1))
+    own = {name: value.detach().clone() for name, value in weights.items()}
+
+    def on_change():
+        changes.append(torch.equal(weights["a"], own["a"]))
+
+    with pytest.raises(KeyboardInterrupt), ema_weights(ema, weights, on_change):
+        assert all(torch.equal(weights[name], ema[name].to(dtype)) for name in ema)
+        raise KeyboardInterrupt
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+    assert all(weight.requires_grad for weight in weights.values())
+    assert changes == [False, True]
+
+
 def run_spread(rank: int, world: int, layout: str) -> dict:
     layers = build_layers(layout)
     parameters, alone = dict(layers.named_parameters()), {}
@@ -82,10 +99,16 @@ def run_spread(rank: int, world: int, layout: str) -> dict:
                 update_ema(ema, parameters, 0.9, step)
                 update_ema(alone, full, 0.9, step)
         assert communication.get_total_counts() == 0
+    changes: list[int] = []
+    with ema_weights(ema, parameters, lambda: changes.append(1)):
+        inside = [name for name in ema if not torch.equal(full_tensor(parameters[name]), full_tensor(ema[name]))]
     return {
         "wrong": [name for name in ema if not torch.equal(full_tensor(ema[name]), alone[name])],
         "moved": min(float((alone[name] - full[name]).abs().max()) for name in ema),
         "layouts": all(ema[name].placements == p.placements for name, p in parameters.items() if is_spread(p)),
+        "inside": inside,
+        "after": [name for name in ema if not torch.equal(full_tensor(parameters[name]), full[name])],
+        "changes": len(changes),
     }
 
 
@@ -97,7 +120,7 @@ def is_spread(tensor):
 def test_every_layout_computes_the_same_average_without_communication(layout):
     for result in run_ranks(run_spread, world_size(layout), layout):
         assert result.pop("moved") > 0.1, "the averages are not just the weights"
-        assert result == {"wrong": [], "layouts": True}
+        assert result == {"wrong": [], "layouts": True, "inside": [], "after": [], "changes": 2}
 
 
 def run_float8(rank: int, world: int) -> list[tuple]:
@@ -115,13 +138,16 @@ def run_float8(rank: int, world: int) -> list[tuple]:
     with torch.no_grad():
         parameters["0.weight"].mul_(3)
     update_ema(ema, parameters, 0.0, 1)
+    with ema_weights(ema, parameters, model.reshard):
+        drawn = model(torch.ones(1, 16)).detach()
     kind = type(parameters["0.weight"].to_local())
     return [
         type(ema["0.weight"].to_local()) is torch.Tensor and kind is not torch.Tensor,
         torch.equal(full_tensor(ema["0.weight"]), own * 3),
+        bool(drawn.isfinite().all()),
     ]
 
 
 def test_the_average_of_float8_gathered_weights_is_plain():
     pytest.importorskip("torchao")
-    assert run_ranks(run_float8, 2) == [[True] * 2] * 2
+    assert run_ranks(run_float8, 2) == [[True] * 3] * 2

@@ -273,6 +273,16 @@ def test_validation_takes_the_times_that_the_data_set_prescribes(midpoints, t):
     ]
 
 
+def test_all_times_of_every_sample_whatever_the_data_set_prescribes():
+    order = PlainOrder([LENGTH], (32, 32), 5, visits=8)
+    draws = ValidationDraws(5, midpoints=False, all_times=True)
+    dataset = PositionedDataset([OpenSource(Stored(), RULES)], order, None, SPEC, draws)
+    items = [dataset[Slot(position, True, 1)] for position in range(16)]
+    assert [item.caption for item in items] == ["picture 0"] * 8 + ["picture 1"] * 8
+    assert [item.t.item() for item in items] == 2 * [step / 8 for step in range(8)]
+    assert not torch.equal(items[0].noise_TC, items[1].noise_TC), "each visit has noise of its own"
+
+
 def test_plain_order_goes_through_all_sources():
     order = PlainOrder([2, 3], (32, 32), 5)
     assert [order.place(position)[:2] for position in range(6)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (0, 0)]
