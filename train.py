@@ -147,8 +147,7 @@ class FluxTrainer:
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
             parts = (self.spec, self.encoders, self.model, held_out, self.squared_errors, self.predict, self.dtype)
-            average = (self.ema, self._after_change)
-            self.evaluator = Evaluator(config, folder, layout, *parts, *average, metrics=self.metrics)
+            self.evaluator = Evaluator(config, folder, layout, *parts, self.ema, self._after_change, self.metrics)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):

@@ -71,12 +71,9 @@ class Case(NamedTuple):
 
 
 def find_python(case: Case) -> Iterator[Finding]:
-    wanted = ".".join(map(str, OLDEST_PYTHON))
     text = f"{platform.python_version()}, {sys.executable}"
-    if sys.version_info < OLDEST_PYTHON:
-        yield Finding("error", "Python", text, f"install Python {wanted} or newer; run_train.sh takes it from there")
-    else:
-        yield Finding("ok", "Python", text)
+    fix = f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer; run_train.sh takes it from there"
+    yield Finding("error", "Python", text, fix) if sys.version_info < OLDEST_PYTHON else Finding("ok", "Python", text)
 
 
 def find_packages(case: Case) -> Iterator[Finding]:
@@ -86,10 +83,8 @@ def find_packages(case: Case) -> Iterator[Finding]:
         if fault is None:
             yield Finding("ok", requirement.name, version(requirement.name))
         else:
-            pin = ".".join(map(str, requirement.pin))
-            yield Finding(
-                "error", requirement.name, fault, f"{sys.executable} -m pip install {requirement.name}=={pin}"
-            )
+            pinned = f"{requirement.name}=={'.'.join(map(str, requirement.pin))}"
+            yield Finding("error", requirement.name, fault, f"{sys.executable} -m pip install {pinned}")
 
 
 def find_diffusers(case: Case) -> Iterator[Finding]:
@@ -137,7 +132,8 @@ def find_accelerator(case: Case) -> Iterator[Finding]:
             fix = "install the CUDA build of the same version of torch"
             yield Finding("error", "GPU", f"there is one, and torch {torch.__version__} is built for CPUs", fix)
         else:
-            fix = f"CUDA {torch.version.cuda} needs driver {_oldest_driver(torch.version.cuda)} or newer"
+            oldest = OLDEST_DRIVER.get(torch.version.cuda.partition(".")[0], "of its own time")
+            fix = f"CUDA {torch.version.cuda} needs driver {oldest} or newer"
             yield Finding("error", "GPU", f"there is one, and torch cannot use it with driver {driver[0]}", fix)
         return
     count = torch.cuda.device_count()
@@ -146,9 +142,8 @@ def find_accelerator(case: Case) -> Iterator[Finding]:
         text = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
         yield Finding("ok", f"GPU {number}", text)
     if case.world_size is not None and case.world_size > count:
-        yield Finding(
-            "error", "GPU", f"NGPU={case.world_size} processes and {count} GPUs on this machine", f"set NGPU={count}"
-        )
+        text = f"NGPU={case.world_size} processes and {count} GPUs on this machine"
+        yield Finding("error", "GPU", text, f"set NGPU={count}")
     cuda = torch.version.cuda or "unknown"
     yield Finding("ok", "CUDA", f"{cuda}, driver {driver[0] if driver else 'unknown'}")
     if torch.distributed.is_nccl_available():
@@ -254,9 +249,8 @@ def find_folder(case: Case) -> Iterator[Finding]:
         fix = "set job.dump_folder to a folder that all machines share, such as one on NFS or Lustre"
         yield Finding("warning", "run folder", f"{wanted} is on {kind}, which other machines do not see", fix)
     else:
-        yield Finding(
-            "ok", "run folder", f"{wanted} is on {kind}, this machine's own; several machines need a shared one"
-        )
+        text = f"{wanted} is on {kind}, this machine's own; several machines need a shared one"
+        yield Finding("ok", "run folder", text)
 
 
 def find_disk(case: Case) -> Iterator[Finding]:
@@ -330,10 +324,6 @@ def _ask_nvidia(field: str) -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.split()
-
-
-def _oldest_driver(cuda: str) -> str:
-    return OLDEST_DRIVER.get(cuda.partition(".")[0], "a newer one")
 
 
 def _file_system(place: Path) -> str:

@@ -153,11 +153,7 @@ def draw_loss_by_time(runs: Sequence[Run]) -> str | None:
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
         curves = [
-            {
-                float(name.removeprefix(AT_TIME)): float(value)
-                for name, value in line.items()
-                if name.startswith(AT_TIME)
-            }
+            {float(name.removeprefix(AT_TIME)): float(line[name]) for name in line if name.startswith(AT_TIME)}
             for line in run.lines
         ]
         last = next((curve for curve in reversed(curves) if curve), {})
