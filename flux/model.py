@@ -22,7 +22,9 @@ from flux.spec import TransformerConfig
 
 _EPS = 1e-6  # of every normalization, in all families
 TIME_FEATURES = 256
-_SHORT = 128  # tokens; up to here torch's attention for CPUs is faster in fp32 than in bf16, its backward up to 8 times
+SHORT_FOR_CPU = (
+    128  # tokens; up to here torch's attention for CPUs is faster in fp32 than in bf16, its backward up to 8 times
+)
 
 
 class Modulation(NamedTuple):
@@ -217,7 +219,7 @@ class Attention(nn.Module):
     def forward(self, q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Returns attn_BSNK. mask_BS is bool, True = attend to this key."""
         dtype = v_BSNK.dtype
-        if dtype is torch.bfloat16 and v_BSNK.device.type == "cpu" and v_BSNK.shape[1] <= _SHORT:
+        if dtype is torch.bfloat16 and v_BSNK.device.type == "cpu" and v_BSNK.shape[1] <= SHORT_FOR_CPU:
             q_BSNK, k_BSNK, v_BSNK = q_BSNK.float(), k_BSNK.float(), v_BSNK.float()
         attn_BNSK = F.scaled_dot_product_attention(
             q_BSNK.transpose(1, 2),

@@ -19,9 +19,10 @@ ROOMS = {"flux", "parallel", "checkpoint", "training", "runtime"}
 MAY_IMPORT = {room: {room} for room in ROOMS}
 MAY_IMPORT["config"] = {"config"} | ROOMS
 MAY_IMPORT["build"] = {"config"} | ROOMS
+MAY_IMPORT["estimate"] = {"build", "config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
-MAY_IMPORT["train"] = {"build", "config", "evaluate"} | ROOMS
-MAY_IMPORT["scripts"] = MAY_IMPORT["benchmarks"] = {"build", "train", "trained", "config"} | ROOMS
+MAY_IMPORT["train"] = {"build", "config", "estimate", "evaluate"} | ROOMS
+MAY_IMPORT["scripts"] = MAY_IMPORT["benchmarks"] = {"build", "estimate", "train", "trained", "config"} | ROOMS
 PRODUCT = set(MAY_IMPORT)
 
 # Libraries that only some files may know.

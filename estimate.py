@@ -1,0 +1,208 @@
+"""What a configuration will cost on a layout, by arithmetic: bytes of a rank, operations, seconds.
+
+Nothing is built or run: flux/memory.py, flux/flops.py and parallel/estimate.py have the formulas, here they meet.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from build import DTYPES, compute_dtype
+from config.job_config import JobConfig
+from flux.encoder_costs import EncoderCost
+from flux.flops import forward_flops, training_flops
+from flux.memory import Keep, LocalBatch, block_bytes, peak_bytes
+from flux.model import FluxTransformer
+from flux.plans import make_plan
+from flux.spec import SPECS, TransformerConfig
+from parallel.activation_checkpoint import recomputed_blocks
+from parallel.compile import compiles_model
+from parallel.config import parse_selective_option
+from parallel.degrees import Degrees
+from parallel.estimate import Links, WeightTraffic, local_numel, token_seconds
+from runtime.hardware import Accelerator
+
+OPTIMIZER_STATES = 2  # running means of the gradient and of its square
+UPDATE_PASSES = 7  # an update reads weight, gradient and both states, and writes all but the gradient
+# Of what links and matrix units are sold with, what programs get: 788 of an H200's 989 TFLOP/s.
+MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
+# How often a kept activation is written or read, its gradient included: by fused kernels, and by one kernel for each
+# operation. From profiles of a compiled FLUX.1 step; an estimate.
+PASSES_FUSED, PASSES = 6, 10
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that has most, by part. Gradients come as activations go, so they are not simply added up."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
+    activations: int
+    encoders: int
+    peak: int  # of all of it together
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one update, by part; parts may overlap."""
+
+    compute: float  # at the datasheet's speed
+    encoders: float
+    traffic: float  # to and from the accelerator's own memory, without that of matrix products
+    weights: float  # between ranks
+    tokens: float  # between ranks
+
+    @property
+    def floor(self) -> float:
+        """Everything overlaps, and runs as fast as it is sold."""
+        return max(self.compute + self.encoders, self.traffic, self.weights + self.tokens)
+
+    @property
+    def ceiling(self) -> float:
+        """Nothing overlaps, and runs as fast as programs run."""
+        return (self.compute + self.encoders) / MATMUL_SHARE + self.traffic + (self.weights + self.tokens) / LINK_SHARE
+
+
+@cache
+def parameter_shapes(transformer: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(one.shape) for name, one in FluxTransformer(transformer).named_parameters()}
+
+
+@cache
+def local_elements(transformer: TransformerConfig, degrees: Degrees) -> list[int]:
+    """Of the parameters of each block, in the order of the forward pass, then of all that are in none; on rank 0."""
+    plan = make_plan(transformer)
+    blocks = {f"double_blocks.{index}": index for index in range(transformer.depth)}
+    blocks |= {f"single_blocks.{index}": transformer.depth + index for index in range(transformer.depth_single)}
+    sums = [0] * (len(blocks) + 1)
+    for name, shape in parameter_shapes(transformer).items():
+        place = blocks.get(".".join(name.split(".")[:2]), -1)
+        sums[place] += local_numel(name, shape, degrees, plan.column, plan.row)
+    return sums
+
+
+def local_batch(config: JobConfig, degrees: Degrees, on_cpu: bool) -> LocalBatch:
+    """What a rank computes in a forward pass of training."""
+    training = config.training
+    return LocalBatch(
+        samples=training.local_batch_size,
+        image_tokens=training.img_tokens // degrees.cp,
+        text_tokens=config.encoder.max_t5_encoding_len // degrees.cp,
+        itemsize=compute_dtype(config).itemsize,
+        on_cpu=on_cpu,
+        tensor_parallel=degrees.tp,
+        context_parallel=degrees.cp,
+        context_parallel_method=config.parallelism.context_parallel_method,
+    )
+
+
+def kept_levels(config: JobConfig) -> tuple[list[Keep], Keep]:
+    """What each block keeps for its backward pass, and what one holds that is computed again.
+
+    Mode memory_budget is the compiler's choice between the levels INPUTS and COMPILED: its budget says how much.
+    """
+    section, transformer = config.activation_checkpoint, SPECS[config.model.flavor].transformer
+    blocks = transformer.depth + transformer.depth_single
+    whole = Keep.COMPILED if compiles_model(config.compile) else Keep.ALL
+    by_operator = section.mode == "selective" and parse_selective_option(section.selective_ac_option) is None
+    recomputed = set(recomputed_blocks(section, blocks))
+    less = Keep.PRODUCTS if by_operator else Keep.INPUTS
+    return [less if index in recomputed else whole for index in range(blocks)], whole
+
+
+def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders: Mapping[str, EncoderCost]) -> Memory:
+    """Bytes of rank 0, which has the most."""
+    transformer = SPECS[config.model.flavor].transformer
+    by_block, itemsize = local_elements(transformer, degrees), DTYPES[config.training.dtype].itemsize
+    elements, gradients = sum(by_block), [count * itemsize for count in by_block]
+    batch, (kept, whole) = local_batch(config, degrees, on_cpu), kept_levels(config)
+    activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients))
+    together = peak_bytes(transformer, batch, kept, whole, gradients)
+    if config.training.accumulation(degrees.dp) > 1:
+        together = activations + sum(gradients)
+    gathered = _gathered_bytes(config, degrees)
+    frozen = _encoder_bytes(config, degrees, encoders)
+    states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
+    standing = 0 if config.training.enable_cpu_offload else elements * itemsize + states
+    return Memory(
+        weights=elements * itemsize,
+        gradients=sum(gradients),
+        optimizer=states,
+        average=average,
+        gathered=gathered,
+        activations=activations,
+        encoders=frozen,
+        peak=standing + average + gathered + frozen + together,
+    )
+
+
+def estimate_seconds(
+    config: JobConfig, degrees: Degrees, chip: Accelerator, links: Links, encoders: Mapping[str, EncoderCost]
+) -> Seconds:
+    """Time of one update on so many accelerators."""
+    training, transformer = config.training, SPECS[config.model.flavor].transformer
+    passes, samples = training.accumulation(degrees.dp), training.local_batch_size
+    batch, (kept, whole) = local_batch(config, degrees, on_cpu=False), kept_levels(config)
+    ranks = degrees.cp * degrees.tp  # that share a sample
+    speed = (chip.fp8_tflops or chip.bf16_tflops) if config.model.converters else chip.bf16_tflops
+    per_pass = samples * flops_per_sample(config) / ranks / (speed * 1e12)
+    frozen = samples * sum(cost.flops for cost in encoders.values()) / (chip.bf16_tflops * 1e12)
+    fused = whole is Keep.COMPILED
+    touched = 0.0
+    for index, keep in enumerate(kept):
+        most, least = (block_bytes(transformer, batch, level, index < transformer.depth) for level in (whole, keep))
+        touched += (PASSES_FUSED if fused else PASSES) * (most + (most - least) / 3)  # a third of it is forward
+    update = UPDATE_PASSES * DTYPES[training.dtype].itemsize * sum(local_elements(transformer, degrees))
+    whole_copy = sum(local_elements(transformer, Degrees(tp=degrees.tp)))
+    traffic = WeightTraffic(
+        gathered=whole_copy * batch.itemsize,
+        reduced=whole_copy * DTYPES[training.mixed_precision_reduce].itemsize,
+        gathers=1 if config.parallelism.fsdp_reshard_after_forward == "never" else 2,
+    )
+    activation = batch.samples * batch.tokens * transformer.hidden_size * batch.itemsize
+    sums = 2 * transformer.depth + transformer.depth_single
+    tokens = token_seconds(activation, len(kept), sums, degrees, config.parallelism.context_parallel_method, links)
+    return Seconds(
+        compute=passes * per_pass,
+        encoders=passes * frozen,
+        traffic=(passes * touched + update) / (chip.memory_gb_per_s * 1e9),
+        weights=passes * traffic.seconds(degrees, links),
+        tokens=passes * tokens,
+    )
+
+
+def flops_per_sample(config: JobConfig) -> float:
+    """Of training on one sample, what is computed again included."""
+    transformer, tokens = SPECS[config.model.flavor].transformer, config.training.img_tokens
+    length = config.encoder.max_t5_encoding_len
+    kept, _ = kept_levels(config)
+    again = sum(level is Keep.INPUTS for level in kept) / len(kept)
+    return training_flops(transformer, tokens, length) + again * forward_flops(transformer, tokens, length)
+
+
+def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
+    """Whole weights that FSDP holds at a time, gathered or cast, and gradients of one block before they are summed."""
+    training, section, compute = config.training, config.parallelism, compute_dtype(config)
+    if degrees.dp * degrees.cp == 1 and DTYPES[training.dtype] is compute and not training.enable_cpu_offload:
+        return 0
+    *blocks, others = local_elements(SPECS[config.model.flavor].transformer, Degrees(tp=degrees.tp))
+    ahead = max(1, section.fsdp_forward_prefetch, section.fsdp_backward_prefetch)
+    at_once = sum(blocks) if section.fsdp_reshard_after_forward == "never" else max(blocks) * (1 + ahead)
+    reduced = max(blocks) * (compute.itemsize + DTYPES[training.mixed_precision_reduce].itemsize)
+    return (at_once + others) * compute.itemsize + reduced
+
+
+def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, EncoderCost]) -> int:
+    """T5 is split over all ranks of a copy of the weights, the small ones are not."""
+    itemsize, ranks = DTYPES[config.encoder.dtype].itemsize, degrees.fsdp * degrees.tp
+    parameters = 0
+    for cost in encoders.values():
+        split = ranks > 1 and cost.largest_block > 0
+        parameters += -(-cost.parameters // ranks) + 2 * cost.largest_block if split else cost.parameters
+    return parameters * itemsize

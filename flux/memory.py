@@ -1,0 +1,185 @@
+"""Bytes of activations that the transformer keeps from its forward to its backward pass, by formulas.
+
+What autograd keeps was read off tensor by tensor; the tests compare the sums with what torch's memory tracker sees.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import Literal, NamedTuple
+
+from flux.model import SHORT_FOR_CPU, TIME_FEATURES, mlp_width
+from flux.spec import TransformerConfig
+
+_FLOAT32 = 4  # bytes
+
+
+class Keep(IntEnum):
+    """What of a block is kept, from little to much."""
+
+    INPUTS = 0  # the rest is computed again: activation_checkpoint.mode "full"
+    PRODUCTS = 1  # of matrices and of attention, and what was communicated: "selective" with option "op"
+    COMPILED = 2  # what the compiler chooses by itself: "none" with compile.enable
+    ALL = 3  # whatever autograd asks for: "none"
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What one rank computes in a forward pass.
+
+    Args:
+        samples: in it.
+        image_tokens, text_tokens: of a sample, this rank's share of them.
+        itemsize: bytes of a number in the computation.
+        on_cpu: a CPU's kernels keep other things than a GPU's.
+        tensor_parallel, context_parallel: ranks that share matrix products, and that share tokens.
+        context_parallel_method: how they attend.
+    """
+
+    samples: int
+    image_tokens: int
+    text_tokens: int
+    itemsize: int = 2
+    on_cpu: bool = False
+    tensor_parallel: int = 1
+    context_parallel: int = 1
+    context_parallel_method: Literal["ulysses", "allgather", "ring"] = "ulysses"
+
+    @property
+    def tokens(self) -> int:
+        return self.image_tokens + self.text_tokens
+
+
+class _Kept(NamedTuple):
+    """One tensor of a block, or several alike."""
+
+    first: Keep  # level that keeps it
+    per_token: float  # numbers
+    itemsize: int
+    per_sample: float = 0
+    last: Keep = Keep.ALL  # level that does; one that keeps more may have no use for it
+
+
+@cache
+def block_bytes(config: TransformerConfig, batch: LocalBatch, keep: Keep, double: bool) -> int:
+    """Bytes that one block keeps for its backward pass, its inputs included."""
+    tensors = (_double_block if double else _single_block)(config, batch)
+    per_sample = sum(
+        one.itemsize * (batch.tokens * one.per_token + one.per_sample)
+        for one in tensors
+        if one.first <= keep <= one.last
+    )
+    return round(batch.samples * per_sample)
+
+
+def inputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
+    """Bytes that are kept for what comes before the blocks: inputs, conditions, rotary table."""
+    D, pooled = config.hidden_size, config.pooled_dim or 0
+    embedders = 1 + config.guidance_embed + bool(pooled)
+    conditions = embedders * (TIME_FEATURES + 2 * D) + 4 * D
+    inputs = batch.image_tokens * config.in_channels + batch.text_tokens * config.context_dim
+    rotary = batch.tokens * config.head_dim
+    return batch.samples * (batch.itemsize * (conditions + inputs) + _FLOAT32 * rotary)
+
+
+def outputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
+    """Bytes that are kept for what comes after the blocks: last layer and loss."""
+    layer = (batch.tokens + 2 * batch.image_tokens) * config.hidden_size
+    loss = batch.image_tokens * config.in_channels
+    return batch.samples * (batch.itemsize * layer + _FLOAT32 * loss)
+
+
+def backward_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
+    """Bytes of gradients in flight in a block's backward pass: of its output, and of what its widest layer made."""
+    wide = (3 * config.hidden_size + _mlp_in(config)) / batch.tensor_parallel
+    return round(batch.samples * batch.tokens * batch.itemsize * (config.hidden_size / 2 + wide))
+
+
+def peak_bytes(
+    config: TransformerConfig, batch: LocalBatch, kept: Sequence[Keep], at_most: Keep, gradients: Sequence[int]
+) -> int:
+    """Largest number of bytes that activations, and gradients with them, take at a time.
+
+    Args:
+        kept: what each block keeps, in the order of the forward pass.
+        at_most: what a block that is computed again holds by then.
+        gradients: bytes of the gradients of each block's weights, then of all others: they come as activations go.
+    """
+    is_double = [index < config.depth for index in range(len(kept))]
+    held = [block_bytes(config, batch, keep, double) for keep, double in zip(kept, is_double, strict=True)]
+    inputs, in_flight = inputs_bytes(config, batch), backward_bytes(config, batch)
+    peak = max(inputs + sum(held) + outputs_bytes(config, batch), sum(gradients))
+    for index in reversed(range(len(kept))):
+        whole = max(held[index], block_bytes(config, batch, at_most, is_double[index]))
+        peak = max(
+            peak,
+            inputs + sum(held[:index]) + whole + in_flight + sum(gradients[index + 1 : -1]) + gradients[index] // 2,
+        )
+    return peak
+
+
+def _mlp_in(config: TransformerConfig) -> int:
+    return (2 if config.swiglu else 1) * mlp_width(config)
+
+
+def _double_block(config: TransformerConfig, batch: LocalBatch) -> Iterator[_Kept]:
+    D, tp, item = config.hidden_size, batch.tensor_parallel, batch.itemsize
+    yield _Kept(Keep.INPUTS, D, item)
+    # A CPU keeps copies of the parts of qkv that it normalizes in fp32, and then not the whole.
+    yield _Kept(Keep.PRODUCTS, 3 * D / tp, item, last=Keep.COMPILED if batch.on_cpu and item != _FLOAT32 else Keep.ALL)
+    modulation = 0 if config.shared_modulation else 12 * D
+    yield _Kept(Keep.PRODUCTS, D + _mlp_in(config) / tp + D, item, modulation)  # out of attention, into and out of MLP
+    if tp > 1:
+        yield _Kept(Keep.PRODUCTS, D + D, item, last=Keep.PRODUCTS)  # the same before they are summed over ranks
+    # Twice modulated, into the last layers of attention and MLP; silu of the conditions.
+    yield _Kept(Keep.COMPILED, 2 * D + (D if batch.samples > 1 else 0) / tp + mlp_width(config) / tp, item, 2 * D)
+    yield _Kept(Keep.COMPILED, 4, _FLOAT32)  # mean and deviation of two norms
+    yield _Kept(Keep.ALL, 2 * D + D, item, 4 * D)  # twice normalized, between attention and MLP; 1 + scale
+    yield from _attention(config, batch, separate_values=True)
+
+
+def _single_block(config: TransformerConfig, batch: LocalBatch) -> Iterator[_Kept]:
+    D, tp, item = config.hidden_size, batch.tensor_parallel, batch.itemsize
+    yield _Kept(Keep.INPUTS, D, item)
+    modulation = 0 if config.shared_modulation else 3 * D
+    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + D, item, modulation)  # out of linear1 and linear2
+    if tp > 1:
+        yield _Kept(Keep.PRODUCTS, D, item, last=Keep.PRODUCTS)
+    yield _Kept(Keep.COMPILED, D + (D + mlp_width(config)) / tp, item, D)  # modulated, into linear2; silu
+    yield _Kept(Keep.COMPILED, 2, _FLOAT32)
+    yield _Kept(Keep.ALL, D, item, D)  # normalized; 1 + scale
+    yield from _attention(config, batch, separate_values=False)
+
+
+def _attention(config: TransformerConfig, batch: LocalBatch, separate_values: bool) -> Iterator[_Kept]:
+    """Norms of queries and keys, rotation, attention.
+
+    Args:
+        separate_values: values are a tensor of their own, not a part of the product that made them.
+    """
+    tp, cp, item = batch.tensor_parallel, batch.context_parallel, batch.itemsize
+    D, heads = config.hidden_size / tp, config.num_heads / tp
+    method = batch.context_parallel_method if cp > 1 else "alone"
+    # For few tokens a CPU attends in fp32 what is bf16 (flux.model.Attention); ring calls its kernel itself.
+    few = batch.on_cpu and method != "ring" and batch.tokens * cp <= SHORT_FOR_CPU
+    short = few and item != _FLOAT32
+    precise = _FLOAT32 if short else item
+    yield _Kept(Keep.PRODUCTS, D, precise)  # the result
+    yield _Kept(Keep.PRODUCTS, heads, _FLOAT32)  # log of the sum of exponentials
+    yield _Kept(Keep.COMPILED, 2 * heads, _FLOAT32)  # sizes of queries and keys
+    if method in ("ulysses", "allgather"):
+        received = 3 if method == "ulysses" else 2 * cp
+        yield _Kept(Keep.PRODUCTS, received * D, item, last=Keep.PRODUCTS if short else Keep.ALL)
+        if short:
+            yield _Kept(Keep.COMPILED, received * D, precise)
+    if method == "ulysses":
+        yield _Kept(Keep.PRODUCTS, D, item, last=Keep.PRODUCTS)  # exchanged back
+    elif method == "allgather":
+        yield _Kept(Keep.COMPILED, D, precise)  # queries
+    else:
+        yield _Kept(Keep.COMPILED, (3 if separate_values or short else 2) * D, precise)
+    if method == "ring":  # keys and values of the others, and what they gave
+        yield _Kept(Keep.PRODUCTS, (cp - 1) * 3 * D, item, last=Keep.PRODUCTS)
+    if batch.on_cpu:  # which has no kernel for RMSNorm: the steps of its computation are kept
+        yield _Kept(Keep.ALL, (2 if item == _FLOAT32 else 4) * D, _FLOAT32)

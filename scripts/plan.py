@@ -1,0 +1,355 @@
+"""What a run will cost before it runs: memory, time, money, and a layout to start with.
+
+    python -m scripts.plan --job.config_file train_configs/flux_dev.toml --gpus 64 --gpu h200 [--section.key value ...]
+
+Everything is arithmetic, so any machine does, without an accelerator, data or weights. Bytes of weights, gradients and
+optimizer states are exact, activations right to a few percent; the times are bounds: a floor that no run gets below,
+and what it takes when nothing overlaps.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config.checks import find_faults
+from config.job_config import JobConfig
+from config.parse import load_config
+from estimate import (
+    MATMUL_SHARE,
+    Memory,
+    Seconds,
+    estimate_memory,
+    estimate_seconds,
+    flops_per_sample,
+    parameter_shapes,
+)
+from flux.encoder_costs import EncoderCost, count_encoders
+from flux.flops import forward_flops, training_flops, with_unit
+from flux.spec import LATENT_STRIDE, SPECS
+from parallel.config import ActivationCheckpoint
+from parallel.degrees import Degrees, divisors, resolve_degrees
+from parallel.estimate import Links
+from runtime.exit_record import recorded_exit
+from runtime.hardware import ACCELERATORS, Accelerator
+from runtime.log import setup_logging
+from train import EXIT_CODES
+
+GIB = 2**30
+RESERVED = 2 * GIB  # what the driver, communication buffers and libraries take
+USABLE = 0.92  # of the rest; the allocator cannot use every gap
+BF16 = 2  # bytes
+RECOMPUTATION = {
+    "none": ActivationCheckpoint(mode="none"),
+    "selective, op": ActivationCheckpoint(mode="selective", selective_ac_option="op"),
+    "full, ratio 0.25": ActivationCheckpoint(mode="full", ratio=0.25),
+    "full, ratio 0.5": ActivationCheckpoint(mode="full", ratio=0.5),
+    "full": ActivationCheckpoint(mode="full"),
+}
+STORED = ("cache", "mlperf")  # data sets that need no encoder
+PARTS_OF_TIME = {
+    "compute": "matrix products",
+    "encoders": "encoders",
+    "traffic": "own memory",
+    "weights": "weights on links",
+    "tokens": "tokens on links",
+}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a run is to run on."""
+
+    chip: Accelerator
+    gpus: int
+    per_node: int
+
+    @property
+    def links(self) -> Links:
+        return Links(self.per_node, self.chip.link_gb_per_s, self.chip.network_gb_per_s)
+
+    @property
+    def room(self) -> float:
+        """Bytes that a rank can use."""
+        return USABLE * (self.chip.memory_gib * GIB - RESERVED)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a configuration."""
+
+    config: JobConfig
+    degrees: Degrees
+    memory: Memory
+    seconds: Seconds
+
+    @property
+    def update_size(self) -> int:
+        return self.config.training.update_size(self.degrees.dp)
+
+    def fits(self, machines: Machines) -> bool:
+        return self.memory.peak <= machines.room
+
+
+def make_plan(config: JobConfig, machines: Machines, encoders: Mapping[str, EncoderCost]) -> Plan:
+    """The configuration as it stands.
+
+    Raises:
+        ValueError: its degrees do not fit the number of GPUs.
+    """
+    degrees = resolve_degrees(config.parallelism, machines.gpus)
+    memory = estimate_memory(config, degrees, False, encoders)
+    return Plan(config, degrees, memory, estimate_seconds(config, degrees, machines.chip, machines.links, encoders))
+
+
+def propose(plan: Plan, machines: Machines, encoders: Mapping[str, EncoderCost]) -> Plan | None:
+    """The fastest way that fits to make the same updates, by the time that it takes when nothing overlaps; None: none.
+
+    Tried are: weights split over a part of the ranks and copied, context parallel within a machine, micro-batches, and
+    recomputation. Tensor parallel, compilation and number formats stay as configured.
+    """
+    fitting = [one for one in _variants(plan, machines, encoders) if one.fits(machines)]
+    # Of two that are equally fast, the one that leaves more memory.
+    return min(fitting, key=lambda one: (round(one.seconds.ceiling, 3), one.memory.peak), default=None)
+
+
+def _variants(plan: Plan, machines: Machines, encoders: Mapping[str, EncoderCost]) -> Iterator[Plan]:
+    config, tp = plan.config, plan.degrees.tp
+    for cp in (degree for degree in divisors(machines.gpus // tp) if degree * tp <= machines.per_node):
+        for dp_shard in divisors(machines.gpus // tp // cp):
+            degrees = Degrees(machines.gpus // (tp * cp * dp_shard), dp_shard, cp, tp)
+            for samples in divisors(plan.update_size // degrees.dp if plan.update_size % degrees.dp == 0 else 0):
+                for section in RECOMPUTATION.values():
+                    variant = _change(config, degrees, samples, plan.update_size, section)
+                    if next(iter(find_faults(variant, machines.gpus)), None) is None:
+                        yield make_plan(variant, machines, encoders)
+
+
+def _change(
+    config: JobConfig, degrees: Degrees, samples: int, update_size: int, section: ActivationCheckpoint
+) -> JobConfig:
+    parallelism = config.parallelism
+    if degrees != resolve_degrees(parallelism, degrees.world):
+        parallelism = replace(
+            parallelism,
+            data_parallel_replicate_degree=degrees.dp_replicate,
+            data_parallel_shard_degree=degrees.dp_shard,
+            context_parallel_degree=degrees.cp,
+        )
+    is_whole = config.training.global_batch_size == -1 and samples * degrees.dp == update_size
+    training = replace(config.training, local_batch_size=samples, global_batch_size=-1 if is_whole else update_size)
+    return replace(config, parallelism=parallelism, training=training, activation_checkpoint=section)
+
+
+def changed_options(before: Plan, after: Plan) -> list[str]:
+    """The command-line options that turn one plan into the other."""
+    wanted: list[str] = []
+    for name in ("parallelism", "training", "activation_checkpoint"):
+        old, new = asdict(getattr(before.config, name)), asdict(getattr(after.config, name))
+        wanted += [f"--{name}.{key}={value}" for key, value in new.items() if value != old[key]]
+    return wanted
+
+
+def cached_bytes(config: JobConfig, side: int) -> int:
+    """Bytes of one sample in a cache of all parts in bfloat16, without padding left out."""
+    spec, grid = SPECS[config.model.flavor], (side // LATENT_STRIDE) ** 2
+    text = config.encoder.max_t5_encoding_len * spec.transformer.context_dim + (spec.transformer.pooled_dim or 0)
+    return BF16 * (2 * spec.codec.latent_channels * grid + text)
+
+
+def validation_flops(config: JobConfig, degrees: Degrees) -> tuple[float, float]:
+    """Of one validation loss, and of one grid of pictures; nan where the number of samples is not known."""
+    section, transformer = config.validation, SPECS[config.model.flavor].transformer
+    once = forward_flops(transformer, config.training.img_tokens, config.encoder.max_t5_encoding_len)
+    averages = 2 if config.ema.enable else 1
+    samples = section.steps * section.local_batch_size * degrees.dp if section.steps > 0 else math.nan
+    visits = 8 if section.all_timesteps else 1
+    guided = 2 if section.enable_classifier_free_guidance else 1
+    pictures = section.save_img_count * section.denoising_steps * guided
+    return averages * samples * visits * once, averages * pictures * once if section.eval_freq else 0.0
+
+
+def describe(plan: Plan, proposal: Plan | None, machines: Machines, samples: int) -> Iterator[str]:
+    """Lines for people."""
+    config, training = plan.config, plan.config.training
+    flops = training_flops(SPECS[config.model.flavor].transformer, training.img_tokens, text_tokens(config))
+    again = flops_per_sample(config) / flops - 1
+    yield f"model     {config.model.flavor}, {parameter_count(config):,} parameters"
+    yield (
+        f"sample    {training.img_tokens} image + {text_tokens(config)} text tokens, {with_unit(flops)}FLOP to train on"
+        + (f", and {again:.0%} to compute again what was not kept" if again else "")
+    )
+    yield f"machines  {machines.gpus} x {machines.chip.name}, {min(machines.gpus, machines.per_node)} in each"
+    yield ""
+    changes = changed_options(plan, proposal) if proposal else []
+    plans = [plan, proposal] if proposal and changes else [plan]
+    columns = [["", *(["as configured", "proposed"][: len(plans)])]]
+    columns += [[label, *cells] for label, cells in _rows(plans, machines, samples)]
+    widths = [max(len(cells[place]) for cells in columns) for place in range(len(plans) + 1)]
+    for cells in columns:
+        label, *values = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "   ".join((label, *values)).rstrip()
+    yield ""
+    yield from _advice(plan, proposal, changes, machines)
+    yield from _extras(plan, machines, samples)
+
+
+def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[tuple[str, list[str]]]:
+    yield "layout", [str(one.degrees) for one in plans]
+    yield "samples", [one.config.training.describe_update(one.degrees.dp) for one in plans]
+    yield "recomputation", [_name_recomputation(one.config) for one in plans]
+    for name in asdict(plans[0].memory):
+        sizes = [getattr(one.memory, name) for one in plans]
+        if any(sizes) and name != "peak":
+            yield f"  {name}", [_size(size) for size in sizes]
+    room = _size(machines.room)
+    verdicts = ["fits" if one.fits(machines) else "DOES NOT FIT" for one in plans]
+    yield (
+        "memory of a rank",
+        [f"{_size(one.memory.peak)} of {room}: {verdict}" for one, verdict in zip(plans, verdicts, strict=True)],
+    )
+    for name, label in PARTS_OF_TIME.items():
+        times = [getattr(one.seconds, name) for one in plans]
+        if any(times):
+            yield f"  {label}", [f"{seconds:.3f} s" for seconds in times]
+    ranges = [(one.seconds.floor, one.seconds.ceiling) for one in plans]
+    yield "an update", [f"{low:.2f} to {high:.2f} s" for low, high in ranges]
+    rates = [(one.update_size / high, one.update_size / low) for one, (low, high) in zip(plans, ranges, strict=True)]
+    yield "samples/s", [f"{low:.4g} to {high:.4g}" for low, high in rates]
+    yield "  of one GPU", [f"{low / machines.gpus:.3g} to {high / machines.gpus:.3g}" for low, high in rates]
+    hours = [[machines.gpus * samples / rate / 3600 for rate in (high, low)] for low, high in rates]
+    yield f"GPU hours for {_count(samples)} samples", [f"{low:,.0f} to {high:,.0f}" for low, high in hours]
+
+
+def _advice(plan: Plan, proposal: Plan | None, changes: list[str], machines: Machines) -> Iterator[str]:
+    """What to start with, and why."""
+    if proposal is None:
+        short = plan.memory.peak - machines.room
+        yield (
+            "nothing fits: even one sample at a time, wholly recomputed and split over all ranks, needs more than "
+            f"{_size(machines.room)}; as configured {_size(short)} are missing"
+            if short > 0
+            else "no other way to make updates of this size fits: keep the configuration"
+        )
+    elif not changes:
+        yield "keep the configuration: no other way that fits is faster"
+    else:
+        gain = plan.seconds.ceiling / proposal.seconds.ceiling
+        why = f"{gain:.2f} times as fast" if plan.fits(machines) else "it fits, and is the fastest way that does"
+        shards = proposal.degrees.fsdp * proposal.degrees.tp
+        where = "within a machine" if shards <= machines.per_node else f"over {shards // machines.per_node} machines"
+        yield f"start with the proposal: {why}. Its weights are split over {shards} GPUs, {where}:"
+        yield "    " + " ".join(changes)
+
+
+def _extras(plan: Plan, machines: Machines, samples: int) -> Iterator[str]:
+    """What is beside training."""
+    config, side = plan.config, plan.config.training.img_size
+    each = cached_bytes(config, side)
+    total = f"{each * samples / 1e12:.3g} TB for {_count(samples)}"
+    yield f"a cache of encoded samples takes {each / 1e6:.3g} MB each, {total}"
+    if config.validation.enable:
+        loss, grid = validation_flops(config, plan.degrees)
+        speed = machines.gpus * machines.chip.bf16_tflops * 1e12 * MATMUL_SHARE
+        if math.isnan(loss):
+            yield "a validation loss goes over all held-out samples (validation.steps=-1): a third of training on them"
+        else:
+            yield f"a validation loss takes about {loss / speed:.2g} s, every {config.validation.freq} steps"
+        if grid:
+            yield f"a grid of pictures takes about {grid / speed:.2g} s, every {config.validation.eval_freq} steps"
+
+
+def as_json(plan: Plan, machines: Machines) -> dict[str, Any]:
+    """One plan for programs: bytes, seconds, FLOP."""
+    return {
+        "degrees": asdict(plan.degrees),
+        "local_batch_size": plan.config.training.local_batch_size,
+        "update_size": plan.update_size,
+        "activation_checkpoint": asdict(plan.config.activation_checkpoint),
+        "flop_per_sample": flops_per_sample(plan.config),
+        "memory": asdict(plan.memory),
+        "fits": plan.fits(machines),
+        "seconds": {**asdict(plan.seconds), "floor": plan.seconds.floor, "ceiling": plan.seconds.ceiling},
+    }
+
+
+def text_tokens(config: JobConfig) -> int:
+    return config.encoder.max_t5_encoding_len
+
+
+def parameter_count(config: JobConfig) -> int:
+    return sum(map(math.prod, parameter_shapes(SPECS[config.model.flavor].transformer).values()))
+
+
+def _name_recomputation(config: JobConfig) -> str:
+    section = config.activation_checkpoint
+    details = {"selective": section.selective_ac_option, "full": f"ratio {section.ratio:g}"}
+    if section.mode == "memory_budget":
+        return f"budget {section.memory_budget:g}, shown as if all were kept"
+    return f"{section.mode} {details.get(section.mode, '')}".rstrip()
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _count(samples: int) -> str:
+    return f"{samples / 1e6:g} million" if samples >= 10**6 else f"{samples:,}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the other options are the configuration's
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, default=8, help="number of GPUs (default: %(default)s)")
+    add("--gpu", choices=sorted(ACCELERATORS), default="h100", help="their kind (default: %(default)s)")
+    add("--gpus-per-node", type=int, default=8, help="GPUs on one machine (default: %(default)s)")
+    add("--samples", type=int, help="samples of the whole training (default: training.steps updates)")
+    add("--json", type=Path, metavar="FILE", help="write the figures to this file as well")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    arguments, options = build_parser().parse_known_args(argv)
+    for name in ("gpus", "gpus_per_node", "samples"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    config = load_config(options, arguments.gpus)
+    machines = Machines(ACCELERATORS[arguments.gpu], arguments.gpus, arguments.gpus_per_node)
+    encoders = count_encoders(
+        config.encoder, SPECS[config.model.flavor], config.training.test_mode, config.training.img_size
+    )
+    if config.training.dataset in STORED:  # they draw the pictures of validation, and do nothing in a step
+        encoders = {name: cost._replace(flops=0) for name, cost in encoders.items()}
+    plan = make_plan(config, machines, encoders)
+    proposal = propose(plan, machines, encoders)
+    samples = arguments.samples or config.training.steps * plan.update_size
+    print("\n".join(describe(plan, proposal, machines, samples)))
+    if arguments.json:
+        record = {
+            "flavor": config.model.flavor,
+            "parameters": parameter_count(config),
+            "accelerator": asdict(machines.chip),
+            "gpus": machines.gpus,
+            "samples": samples,
+            "cache_bytes_per_sample": cached_bytes(config, config.training.img_size),
+            "usable_bytes": machines.room,
+            "configured": as_json(plan, machines),
+            "proposed": as_json(proposal, machines) if proposal else None,
+            "options": changed_options(plan, proposal) if proposal else [],
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    setup_logging(0)
+    with recorded_exit(0, EXIT_CODES):
+        main(sys.argv[1:])
