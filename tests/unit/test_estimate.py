@@ -100,7 +100,13 @@ def kept_by_formula(config: JobConfig, ranks: int = 1) -> int:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("precision", [FLOAT32, "--training.dtype=bfloat16"])
 @pytest.mark.parametrize(
-    ("model", "samples"), [(TINY, 32), (TINY, 1), (DEBUG, 64)], ids=["tiny", "tiny, one sample", "debug"]
+    ("model", "samples"),
+    [
+        (TINY, 32),
+        pytest.param(TINY, 1, marks=pytest.mark.slow),
+        pytest.param(DEBUG, 64, marks=pytest.mark.slow),
+    ],
+    ids=["tiny", "tiny, one sample", "debug"],
 )
 def test_activations(model: tuple[str, ...], samples: int, precision: str, mode: str, no_initialization: None) -> None:
     config = configure(*model, precision, f"--training.local_batch_size={samples}", *MODES[mode])
