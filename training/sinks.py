@@ -1,0 +1,192 @@
+"""Where figures go beside metrics.jsonl: TensorBoard and Weights & Biases, each in a thread of its own."""
+
+import atexit
+import contextlib
+import importlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+WANDB_ID_NAME = "wandb_id.txt"  # in the run folder
+QUEUED = 1000  # entries that a sink may be behind
+IMPORT_SECONDS = 5.0
+START_SECONDS = 60.0
+CLOSE_SECONDS = 20.0  # schedulers kill what is still there about half a minute after SIGTERM
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """A place for figures."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_image(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SinkThread:
+    """A sink that may raise or hang: it lives in a daemon thread, from the import of its library to its end.
+
+    What is put in is taken in that order. A sink that raises, that has not started within START_SECONDS or has not
+    finished within CLOSE_SECONDS is switched off with one warning. No method raises.
+
+    Args:
+        key: of the configuration, which enables it.
+        module: its library.
+        needs: what must be given for it to start.
+        build: called in the thread.
+    """
+
+    def __init__(self, key: str, module: str, needs: str, build: Callable[[], Sink]):
+        self._key, self._module, self._needs, self._build = key, module, needs, build
+        self._is_off = self._was_full = False
+        self._imported, self._started = threading.Event(), threading.Event()
+        self._actions: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUED)  # None: the end
+        self._latest_start = time.monotonic() + START_SECONDS
+        self._thread = threading.Thread(target=self._run, name=key, daemon=True)
+        self._thread.start()
+
+    def wait_for_import(self) -> None:
+        """To be called before processes are forked: a module that a thread is just importing stays locked in them."""
+        self._imported.wait(IMPORT_SECONDS)
+
+    def put(self, action: Callable[[Sink], None]) -> None:
+        """Hands over what is to be done with the sink, without waiting."""
+        if not self._started.is_set() and time.monotonic() > self._latest_start:
+            self._switch_off(f"it has not started within {START_SECONDS:g} s: {self._needs}")
+        if self._is_off:
+            return
+        try:
+            self._actions.put_nowait(action)
+        except queue.Full:
+            if not self._was_full:
+                log.warning("%s=true: %d entries wait, and the next ones are left out", self._key, QUEUED)
+            self._was_full = True
+
+    def close(self) -> None:
+        """Waits until everything is written, for CLOSE_SECONDS at most."""
+        if not self._is_off:
+            deadline = time.monotonic() + CLOSE_SECONDS
+            with contextlib.suppress(queue.Full):
+                self._actions.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(deadline - time.monotonic())
+            if self._thread.is_alive():
+                self._switch_off(f"it has not finished within {CLOSE_SECONDS:g} s, and may lack the last figures")
+        if self._is_off:
+            # They may wait for the same thing, and the process could not end: wandb's wait for its server.
+            hooks: Any = _FunctionsOf(self._module)
+            atexit.unregister(hooks)
+
+    def _run(self) -> None:
+        try:
+            importlib.import_module(self._module)
+            self._imported.set()
+            sink = self._build()
+            self._started.set()
+            while not self._is_off and (action := self._actions.get()) is not None:
+                action(sink)
+            sink.close()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+            self._switch_off(reason if self._started.is_set() else f"{reason}: {self._needs}")
+        finally:
+            self._imported.set()
+
+    def _switch_off(self, reason: str) -> None:
+        if not self._is_off:
+            log.warning("%s=true is off from here on: %s", self._key, reason)
+            self._is_off = True  # not before: `close` waits for a thread that is about to tell something
+
+
+class _FunctionsOf:
+    """Equals every function of a module and of those below it; atexit finds what to unregister by `==`."""
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __eq__(self, other: object) -> bool:
+        return f"{getattr(other, '__module__', None)}.".startswith(f"{self._module}.")
+
+
+def start_tensorboard(folder: Path, done: int | None) -> SinkThread:
+    """Event files.
+
+    Args:
+        done: the step that a run goes on from; what is there of later ones is hidden. None: nothing is.
+    """
+    needs = "it needs tensorboard installed, and a metrics.save_tb_folder that can be written"
+    return SinkThread(
+        "metrics.enable_tensorboard", "torch.utils.tensorboard", needs, lambda: _TensorBoard(folder, done)
+    )
+
+
+def start_wandb(folder: Path, run_config: Mapping[str, Any]) -> SinkThread:
+    """Weights & Biases.
+
+    Args:
+        folder: the run folder.
+        run_config: for its table of runs.
+    """
+    needs = "it needs wandb installed, and one of WANDB_MODE=offline, `wandb login` and WANDB_API_KEY"
+    return SinkThread("metrics.enable_wandb", "wandb", needs, lambda: _Wandb(folder, run_config))
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, done: int | None):
+        from torch.utils.tensorboard import SummaryWriter  # only runs that use it pay for the import
+
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=None if done is None else done + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        import numpy
+        from PIL import Image
+
+        with Image.open(path, formats=("PNG",)) as picture:
+            self._writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Project and mode come from wandb's own environment variables: WANDB_PROJECT (default "flux"), WANDB_MODE."""
+
+    def __init__(self, folder: Path, run_config: Mapping[str, Any]):
+        import wandb
+
+        self._picture = wandb.Image
+        identity = folder / WANDB_ID_NAME
+        known = identity.read_text().strip() if identity.exists() else None
+        wandb.setup(wandb.Settings(silent=True))  # or it would ask on the terminal for a key that is missing
+        self._run = wandb.init(
+            # A run that goes on stays one run. Steps that it has already sent are not taken twice; they are the same.
+            id=known,
+            resume="allow" if known else None,
+            project=os.environ.get("WANDB_PROJECT", "flux"),
+            name=folder.name,
+            dir=str(folder),
+            config=dict(run_config),
+            # The figures and the configuration are sent; code, patches and the command line stay here.
+            settings=wandb.Settings(save_code=False, disable_git=True, x_disable_meta=True, console="off", silent=True),
+        )
+        identity.write_text(f"{self._run.id}\n")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._picture(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
