@@ -76,7 +76,7 @@ class MetricsLogger:
     def start_run(self, step: int) -> None:
         """Everything is built, after `step` finished steps; from here on, data workers are forked."""
         for sink in self._sinks:
-            sink.wait_for_import()
+            sink.wait_until_built()
         self._to_mllog(lambda mllog: mllog.start_run(step))
 
     def start_validation(self, step: int) -> None:

@@ -2,9 +2,9 @@
 
 import atexit
 import contextlib
-import importlib
 import logging
 import os
+import platform
 import queue
 import threading
 import time
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 WANDB_ID_NAME = "wandb_id.txt"  # in the run folder
 QUEUED = 1000  # entries that a sink may be behind
-IMPORT_SECONDS = 5.0
+BUILD_SECONDS = 10.0
 START_SECONDS = 60.0
 CLOSE_SECONDS = 20.0  # schedulers kill what is still there about half a minute after SIGTERM
 
@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A place for figures."""
+    """A place for figures. Building one imports its library and starts its processes; a server is not asked yet."""
+
+    def start(self) -> None: ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -39,23 +41,25 @@ class SinkThread:
 
     Args:
         key: of the configuration, which enables it.
-        module: its library.
+        library: the module whose exit hooks are dropped with it.
         needs: what must be given for it to start.
         build: called in the thread.
     """
 
-    def __init__(self, key: str, module: str, needs: str, build: Callable[[], Sink]):
-        self._key, self._module, self._needs, self._build = key, module, needs, build
+    def __init__(self, key: str, library: str, needs: str, build: Callable[[], Sink]):
+        self._key, self._library, self._needs, self._build = key, library, needs, build
         self._is_off = self._was_full = False
-        self._imported, self._started = threading.Event(), threading.Event()
+        self._built, self._started = threading.Event(), threading.Event()
         self._actions: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUED)  # None: the end
         self._latest_start = time.monotonic() + START_SECONDS
         self._thread = threading.Thread(target=self._run, name=key, daemon=True)
         self._thread.start()
 
-    def wait_for_import(self) -> None:
-        """To be called before processes are forked: a module that a thread is just importing stays locked in them."""
-        self._imported.wait(IMPORT_SECONDS)
+    def wait_until_built(self) -> None:
+        """To be called before a process is forked: it inherits the lock of a module that is just being imported, which
+        nobody opens there, and the pipe of a program that is just being started, whose end is then waited for here.
+        """
+        self._built.wait(BUILD_SECONDS)
 
     def put(self, action: Callable[[Sink], None]) -> None:
         """Hands over what is to be done with the sink, without waiting."""
@@ -81,14 +85,14 @@ class SinkThread:
                 self._switch_off(f"it has not finished within {CLOSE_SECONDS:g} s, and may lack the last figures")
         if self._is_off:
             # They may wait for the same thing, and the process could not end: wandb's wait for its server.
-            hooks: Any = _FunctionsOf(self._module)
+            hooks: Any = _FunctionsOf(self._library)
             atexit.unregister(hooks)
 
     def _run(self) -> None:
         try:
-            importlib.import_module(self._module)
-            self._imported.set()
             sink = self._build()
+            self._built.set()
+            sink.start()
             self._started.set()
             while not self._is_off and (action := self._actions.get()) is not None:
                 action(sink)
@@ -97,7 +101,7 @@ class SinkThread:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
             self._switch_off(reason if self._started.is_set() else f"{reason}: {self._needs}")
         finally:
-            self._imported.set()
+            self._built.set()
 
     def _switch_off(self, reason: str) -> None:
         if not self._is_off:
@@ -122,9 +126,7 @@ def start_tensorboard(folder: Path, done: int | None) -> SinkThread:
         done: the step that a run goes on from; what is there of later ones is hidden. None: nothing is.
     """
     needs = "it needs tensorboard installed, and a metrics.save_tb_folder that can be written"
-    return SinkThread(
-        "metrics.enable_tensorboard", "torch.utils.tensorboard", needs, lambda: _TensorBoard(folder, done)
-    )
+    return SinkThread("metrics.enable_tensorboard", "tensorboard", needs, lambda: _TensorBoard(folder, done))
 
 
 def start_wandb(folder: Path, run_config: Mapping[str, Any]) -> SinkThread:
@@ -143,6 +145,9 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # only runs that use it pay for the import
 
         self._writer = SummaryWriter(log_dir=str(folder), purge_step=None if done is None else done + 1)
+
+    def start(self) -> None:
+        """Asks no server."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -165,10 +170,14 @@ class _Wandb:
     def __init__(self, folder: Path, run_config: Mapping[str, Any]):
         import wandb
 
-        self._picture = wandb.Image
+        self._wandb, self._folder, self._config = wandb, folder, dict(run_config)
+        platform.processor()  # wandb.init would start a program to find out; Python remembers
+        wandb.setup(wandb.Settings(silent=True))  # or it would ask on the terminal for a key that is missing
+
+    def start(self) -> None:
+        folder, wandb = self._folder, self._wandb
         identity = folder / WANDB_ID_NAME
         known = identity.read_text().strip() if identity.exists() else None
-        wandb.setup(wandb.Settings(silent=True))  # or it would ask on the terminal for a key that is missing
         self._run = wandb.init(
             # A run that goes on stays one run. Steps that it has already sent are not taken twice; they are the same.
             id=known,
@@ -176,7 +185,7 @@ class _Wandb:
             project=os.environ.get("WANDB_PROJECT", "flux"),
             name=folder.name,
             dir=str(folder),
-            config=dict(run_config),
+            config=self._config,
             # The figures and the configuration are sent; code, patches and the command line stay here.
             settings=wandb.Settings(save_code=False, disable_git=True, x_disable_meta=True, console="off", silent=True),
         )
@@ -186,7 +195,7 @@ class _Wandb:
         self._run.log(dict(values), step=step)
 
     def log_image(self, step: int, name: str, path: Path) -> None:
-        self._run.log({name: self._picture(str(path))}, step=step)
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -14,6 +14,8 @@ class Acts:
 
     def __init__(self, moment, act):
         self.moment, self.act = moment, act
+
+    def start(self):
         self._reach("start")
 
     def log(self, step, values):

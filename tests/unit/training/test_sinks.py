@@ -20,7 +20,7 @@ from training.sinks import WANDB_ID_NAME, SinkThread
 ROOT = Path(__file__).parents[3]
 HANG = 120  # seconds after which a process counts as one that does not end
 BRIEF = 0.2  # seconds of a limit that is to be reached
-MOMENTS = ["start", "log", "close"]
+MOMENTS = ["build", "start", "log", "close"]
 
 
 @pytest.fixture
@@ -36,6 +36,9 @@ class Recorder:
 
     def __init__(self, moment="never", act=None):
         self.moment, self.act, self.told = moment, act, []
+        self._tell("build")
+
+    def start(self):
         self._tell("start")
 
     def log(self, step, values):
@@ -57,8 +60,8 @@ def refuse():
     raise OSError("disk\nfull")
 
 
-def start(recorder, module="json") -> SinkThread:
-    return SinkThread("metrics.enable_x", module, "it needs x", recorder)
+def run_in_thread(build) -> SinkThread:
+    return SinkThread("metrics.enable_x", "x", "it needs x", build)
 
 
 def log_three(folder) -> None:
@@ -148,7 +151,7 @@ def test_everything_arrives_in_order_and_before_close_returns(tmp_path, monkeypa
     logger.close()
     image = ("image", 1, "samples", tmp_path / "grid.png")
     figures = [("log", 1, {"loss": 1.0}), image, ("log", 2, {"loss": 0.5})]
-    assert recorder.told == [("start",), *figures, ("close",)]
+    assert recorder.told == [("build",), ("start",), *figures, ("close",)]
     assert not told(caplog)
 
 
@@ -158,7 +161,7 @@ def test_a_sink_that_raises_is_off_with_one_line(tmp_path, monkeypatch, caplog, 
     log_three(tmp_path)
     line = "metrics.enable_tensorboard=true is off from here on: OSError: disk full"
     needs = ": it needs tensorboard installed, and a metrics.save_tb_folder that can be written"
-    assert told(caplog) == [line + (needs if moment == "start" else "")]
+    assert told(caplog) == [line + (needs if moment in ("build", "start") else "")]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -179,13 +182,13 @@ def test_a_sink_that_starts_too_late_gets_nothing_and_is_closed(monkeypatch, cap
         built.append(Recorder())
         return built[0]
 
-    sink = start(build)
+    sink = run_in_thread(build)
     for _ in range(3):
         sink.put(lambda place: place.log(1, {}))
     assert told(caplog) == ["metrics.enable_x=true is off from here on: it has not started within 0 s: it needs x"]
     released.set()
     sink._thread.join(HANG)
-    assert built[0].told == [("start",), ("close",)]
+    assert built[0].told == [("build",), ("start",), ("close",)]
     sink.close()
     assert len(told(caplog)) == 1
 
@@ -194,7 +197,7 @@ def test_a_full_queue_leaves_entries_out_and_says_so_once(monkeypatch, caplog, r
     monkeypatch.setattr(sinks, "QUEUED", 2)
     hangs = threading.Event()
     recorder = Recorder("log", lambda: (hangs.set(), released.wait()))
-    sink = start(lambda: recorder)
+    sink = run_in_thread(lambda: recorder)
     sink.put(lambda place: place.log(1, {}))
     assert hangs.wait(HANG)
     for step in (2, 3, 4, 5):
@@ -206,22 +209,49 @@ def test_a_full_queue_leaves_entries_out_and_says_so_once(monkeypatch, caplog, r
     assert recorder.told[-1] == ("close",) and len(told(caplog)) == 1
 
 
-def test_forks_wait_for_an_import_and_not_for_one_that_hangs(tmp_path, monkeypatch, released):
-    (tmp_path / "slow_library.py").write_text("import gate\ngate.opened.wait()\nwhole = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "gate", type("gate", (), {"opened": released}))
-    monkeypatch.setattr(sinks, "IMPORT_SECONDS", BRIEF)
-    sink = start(Recorder, "slow_library")
-    sink.wait_for_import()
-    assert not hasattr(sys.modules["slow_library"], "whole")
-    monkeypatch.setattr(sinks, "IMPORT_SECONDS", 2 * HANG)
-    waiting = threading.Thread(target=sink.wait_for_import, daemon=True)
-    waiting.start()
-    released.set()
-    waiting.join(HANG)
-    assert not waiting.is_alive()
-    assert sys.modules.pop("slow_library").whole
-    sink.close()
+def test_a_run_starts_when_sinks_are_built_and_waits_for_no_server(tmp_path, monkeypatch, released):
+    built = threading.Event()
+
+    def build(*_):
+        built.wait()
+        return Recorder("start", released.wait)
+
+    monkeypatch.setattr(sinks, "_TensorBoard", build)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", BRIEF)
+    logger = MetricsLogger(tmp_path, Metrics(enable_tensorboard=True), {})
+    monkeypatch.setattr(sinks, "BUILD_SECONDS", BRIEF)
+    logger.start_run(0)  # nor for one whose import hangs
+    monkeypatch.setattr(sinks, "BUILD_SECONDS", 2 * HANG)
+    starting = threading.Thread(target=logger.start_run, args=(0,), daemon=True)
+    starting.start()
+    starting.join(BRIEF)
+    assert starting.is_alive()
+    built.set()
+    starting.join(HANG)
+    assert not starting.is_alive()
+    logger.close()
+
+
+@pytest.mark.parametrize("kind", ["_TensorBoard", "_Wandb"])
+def test_no_program_is_started_once_a_sink_is_built(tmp_path, kind):
+    """A worker that is forked in that moment would inherit its pipe, and the sink would wait for the worker's end."""
+    body = f"""
+import sys
+from pathlib import Path
+from training import sinks
+watched = False
+def refuse(event, arguments):
+    if watched and event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        raise AssertionError(f"{{event}} {{arguments}}")
+sys.addaudithook(refuse)
+sink = sinks.{kind}(Path({str(tmp_path)!r}), {{}} if {kind!r} == "_Wandb" else 0)
+watched = True
+sink.start()
+sink.log(1, {{"loss": 1.0}})
+sink.close()
+"""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    subprocess.run([sys.executable, "-c", body], cwd=ROOT, env=environment, check=True, timeout=HANG)
 
 
 def test_wandb_that_is_not_installed_is_told_with_what_to_do(tmp_path, monkeypatch, caplog):
