@@ -377,7 +377,7 @@ def main(argv: list[str]) -> None:
             end.step = trainer.step
             trainer.checkpointer.close()
             if trainer.metrics:
-                trainer.metrics.close()
+                trainer.metrics.close(in_haste=True)
         close_layout(layout)
 
 

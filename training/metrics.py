@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from training.sinks import SinkThread, start_tensorboard, start_wandb
 
 METRICS_NAME = "metrics.jsonl"  # in the run folder
 GIB = 2**30
+CLOSE_SECONDS = 20.0
+HASTY_CLOSE_SECONDS = 5.0  # torchrun kills 30 s after SIGTERM, and the last checkpoint may take 20 of them
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +85,19 @@ class MetricsLogger:
     def start_validation(self, step: int) -> None:
         self._to_mllog(lambda mllog: mllog.start_validation(step))
 
-    def close(self) -> None:
-        """The run is over; a second call does nothing."""
+    def close(self, in_haste: bool = False) -> None:
+        """The run is over; a second call does nothing.
+
+        Args:
+            in_haste: whether TensorBoard and wandb get less time to finish, since somebody may have ended the run.
+        """
         self._to_mllog(lambda mllog: mllog.close())
         self._mllog = None
+        deadline = time.monotonic() + (HASTY_CLOSE_SECONDS if in_haste else CLOSE_SECONDS)
+        for sink in self._sinks:
+            sink.end()
         while self._sinks:
-            self._sinks.pop().close()
+            self._sinks.pop().wait(deadline - time.monotonic())
         self._file.close()
 
     def _to_mllog(self, action: Callable[[MLPerfLog], None]) -> None:

@@ -1,7 +1,6 @@
 """Where figures go beside metrics.jsonl: TensorBoard and Weights & Biases, each in a thread of its own."""
 
 import atexit
-import contextlib
 import logging
 import os
 import platform
@@ -16,7 +15,6 @@ WANDB_ID_NAME = "wandb_id.txt"  # in the run folder
 QUEUED = 1000  # entries that a sink may be behind
 BUILD_SECONDS = 10.0
 START_SECONDS = 60.0
-CLOSE_SECONDS = 20.0  # schedulers kill what is still there about half a minute after SIGTERM
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +34,8 @@ class Sink(Protocol):
 class SinkThread:
     """A sink that may raise or hang: it lives in a daemon thread, from the import of its library to its end.
 
-    What is put in is taken in that order. A sink that raises, that has not started within START_SECONDS or has not
-    finished within CLOSE_SECONDS is switched off with one warning. No method raises.
+    What is put in is taken in that order. A sink that raises, that has not started within START_SECONDS or does not
+    finish in time is switched off with one warning. No method raises.
 
     Args:
         key: of the configuration, which enables it.
@@ -50,7 +48,7 @@ class SinkThread:
         self._key, self._library, self._needs, self._build = key, library, needs, build
         self._is_off = self._was_full = False
         self._built, self._started = threading.Event(), threading.Event()
-        self._actions: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUED)  # None: the end
+        self._actions: queue.SimpleQueue[Callable[[Sink], None] | None] = queue.SimpleQueue()  # None: the end
         self._latest_start = time.monotonic() + START_SECONDS
         self._thread = threading.Thread(target=self._run, name=key, daemon=True)
         self._thread.start()
@@ -67,22 +65,22 @@ class SinkThread:
             self._switch_off(f"it has not started within {START_SECONDS:g} s: {self._needs}")
         if self._is_off:
             return
-        try:
-            self._actions.put_nowait(action)
-        except queue.Full:
-            if not self._was_full:
-                log.warning("%s=true: %d entries wait, and the next ones are left out", self._key, QUEUED)
+        if self._actions.qsize() < QUEUED:
+            self._actions.put(action)
+        elif not self._was_full:
             self._was_full = True
+            log.warning("%s=true: %d entries wait, and the next ones are left out", self._key, QUEUED)
 
-    def close(self) -> None:
-        """Waits until everything is written, for CLOSE_SECONDS at most."""
+    def end(self) -> None:
+        """Nothing more is put in."""
+        self._actions.put(None)
+
+    def wait(self, seconds: float) -> None:
+        """Waits after `end` until everything is written, or gives up."""
         if not self._is_off:
-            deadline = time.monotonic() + CLOSE_SECONDS
-            with contextlib.suppress(queue.Full):
-                self._actions.put(None, timeout=CLOSE_SECONDS)
-            self._thread.join(deadline - time.monotonic())
+            self._thread.join(seconds)
             if self._thread.is_alive():
-                self._switch_off(f"it has not finished within {CLOSE_SECONDS:g} s, and may lack the last figures")
+                self._switch_off("it has not finished in time, and may lack the last figures")
         if self._is_off:
             # They may wait for the same thing, and the process could not end: wandb's wait for its server.
             hooks: Any = _FunctionsOf(self._library)
@@ -106,7 +104,7 @@ class SinkThread:
     def _switch_off(self, reason: str) -> None:
         if not self._is_off:
             log.warning("%s=true is off from here on: %s", self._key, reason)
-            self._is_off = True  # not before: `close` waits for a thread that is about to tell something
+            self._is_off = True  # not before: `wait` waits for a thread that is about to tell something
 
 
 class _FunctionsOf:
