@@ -376,6 +376,8 @@ def main(argv: list[str]) -> None:
         finally:
             end.step = trainer.step
             trainer.checkpointer.close()
+            if trainer.metrics:
+                trainer.metrics.close(in_haste=True)
         close_layout(layout)
 
 

@@ -6,34 +6,29 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from training.config import Metrics
 from training.mllog import MLPerfLog
+from training.sinks import SinkThread, start_tensorboard, start_wandb
 
-METRICS_NAME, WANDB_ID_NAME = "metrics.jsonl", "wandb_id.txt"  # in the run folder
+METRICS_NAME = "metrics.jsonl"  # in the run folder
 GIB = 2**30
+CLOSE_SECONDS = 20.0
+HASTY_CLOSE_SECONDS = 5.0  # torchrun kills 30 s after SIGTERM, and the last checkpoint may take 20 of them
 
 log = logging.getLogger(__name__)
-
-
-class _Sink(Protocol):
-    """A place for figures beside the JSON lines."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def log_image(self, step: int, name: str, path: Path) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricsLogger:
     """Writes logged steps to every enabled place. One process of a run makes one.
 
     The JSON lines are the truth, with floats at full precision and non-finite ones as the strings "nan", "inf" and
-    "-inf". TensorBoard and wandb are a convenience: one that fails is reported once and dropped, training goes on.
+    "-inf". They and MLPerf's, whose times count, are written when a method returns. TensorBoard and wandb are a
+    convenience: they get the figures in threads, and one that fails or hangs is reported and dropped.
 
     Args:
         folder: the run folder.
@@ -55,13 +50,12 @@ class MetricsLogger:
         if done is not None:
             drop_lines_after(folder / METRICS_NAME, done)
         self._file = (folder / METRICS_NAME).open("a")
-        self._sinks: dict[str, _Sink] = {}
-        if mllog is not None:
-            self._sinks["mllog"] = mllog
+        self._mllog = mllog
+        self._sinks: list[SinkThread] = []
         if section.enable_tensorboard:
-            self._start("TensorBoard", lambda: _TensorBoard(folder / section.save_tb_folder, done))
+            self._sinks.append(start_tensorboard(folder / section.save_tb_folder, done))
         if section.enable_wandb:
-            self._start("wandb", lambda: _Wandb(folder, run_config))
+            self._sinks.append(start_wandb(folder, run_config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of `step` and the values."""
@@ -72,39 +66,48 @@ class MetricsLogger:
         except OSError as error:
             # What could not be flushed stays in the buffer, so a disk that gets room again gets the line too.
             log.warning("step %d is not in metrics.jsonl yet: %s", step, error)
-        self._to_sinks(lambda sink: sink.log(step, values))
+        self._to_mllog(lambda mllog: mllog.log(step, values))
+        kept = dict(values)  # the caller may go on with its own
+        for sink in self._sinks:
+            sink.put(lambda place: place.log(step, kept))
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         """Shows a picture file in TensorBoard and wandb."""
-        self._to_sinks(lambda sink: sink.log_image(step, name, path))
+        for sink in self._sinks:
+            sink.put(lambda place: place.log_image(step, name, path))
 
     def start_run(self, step: int) -> None:
-        """Everything is built, after `step` finished steps."""
+        """Everything is built, after `step` finished steps; from here on, data workers are forked."""
+        for sink in self._sinks:
+            sink.wait_until_built()
         self._to_mllog(lambda mllog: mllog.start_run(step))
 
     def start_validation(self, step: int) -> None:
         self._to_mllog(lambda mllog: mllog.start_validation(step))
 
-    def close(self) -> None:
-        self._to_sinks(lambda sink: sink.close())
+    def close(self, in_haste: bool = False) -> None:
+        """The run is over; a second call does nothing.
+
+        Args:
+            in_haste: whether TensorBoard and wandb get less time to finish, since somebody may have ended the run.
+        """
+        self._to_mllog(lambda mllog: mllog.close())
+        self._mllog = None
+        deadline = time.monotonic() + (HASTY_CLOSE_SECONDS if in_haste else CLOSE_SECONDS)
+        for sink in self._sinks:
+            sink.end()
+        while self._sinks:
+            self._sinks.pop().wait(deadline - time.monotonic())
         self._file.close()
 
-    def _start(self, name: str, build: "Callable[[], _Sink]") -> None:
-        try:
-            self._sinks[name] = build()
-        except Exception as error:
-            log.warning("%s is off: %s", name, _one_line(error))
-
     def _to_mllog(self, action: Callable[[MLPerfLog], None]) -> None:
-        self._to_sinks(lambda sink: action(sink) if isinstance(sink, MLPerfLog) else None)
-
-    def _to_sinks(self, action: "Callable[[_Sink], None]") -> None:
-        for name, sink in list(self._sinks.items()):
-            try:
-                action(sink)
-            except Exception as error:
-                log.warning("%s is off from here on: %s", name, _one_line(error))
-                del self._sinks[name]
+        if self._mllog is None:
+            return
+        try:
+            action(self._mllog)
+        except Exception as error:
+            log.warning("mllog is off from here on: %s: %s", type(error).__name__, " ".join(str(error).split()))
+            self._mllog = None
 
 
 def drop_lines_after(metrics_jsonl: Path, last: int, field: str = "step") -> None:
@@ -138,59 +141,6 @@ def _number_of(line: bytes, field: str, other: int) -> int:
     return number if isinstance(number, int) else other
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, done: int | None):
-        from torch.utils.tensorboard import SummaryWriter  # only runs that use it pay for the import
-
-        self._writer = SummaryWriter(log_dir=str(folder), purge_step=None if done is None else done + 1)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def log_image(self, step: int, name: str, path: Path) -> None:
-        import numpy
-        from PIL import Image
-
-        with Image.open(path, formats=("PNG",)) as picture:
-            self._writer.add_image(name, numpy.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    """Project and mode come from wandb's own environment variables: WANDB_PROJECT (default "flux"), WANDB_MODE."""
-
-    def __init__(self, folder: Path, run_config: Mapping[str, Any]):
-        import wandb
-
-        self._picture = wandb.Image
-        identity = folder / WANDB_ID_NAME
-        known = identity.read_text().strip() if identity.exists() else None
-        self._run = wandb.init(
-            # A run that goes on stays one run. Steps that it has already sent are not taken twice; they are the same.
-            id=known,
-            resume="allow" if known else None,
-            project=os.environ.get("WANDB_PROJECT", "flux"),
-            name=folder.name,
-            dir=str(folder),
-            config=dict(run_config),
-            # The figures and the configuration are sent; code, patches and the command line stay here.
-            settings=wandb.Settings(save_code=False, disable_git=True, x_disable_meta=True, console="off", silent=True),
-        )
-        identity.write_text(f"{self._run.id}\n")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def log_image(self, step: int, name: str, path: Path) -> None:
-        self._run.log({name: self._picture(str(path))}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 def peak_memory_gib(device_type: str) -> float:
     """Largest memory use of this process so far: of the GPU's allocator on "cuda", otherwise resident memory."""
     if device_type == "cuda":
@@ -204,7 +154,3 @@ def peak_memory_gib(device_type: str) -> float:
 def _plain(value: float) -> float | int | str:
     """A JSON value: JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else str(float(value))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

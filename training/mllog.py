@@ -163,9 +163,6 @@ class MLPerfLog:
             else:
                 self._log.start("block_start", **self._at(step))
 
-    def log_image(self, step: int, name: str, path: Path) -> None:
-        """Has no line."""
-
     def close(self) -> None:
         """The run is over: without success, unless a validation loss has reached the target."""
         if not self._stopped:

@@ -1,17 +1,11 @@
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from training import metrics as metrics_module
 from training.config import Metrics
-from training.metrics import METRICS_NAME, WANDB_ID_NAME, MetricsLogger, peak_memory_gib
-
-ROOT = Path(__file__).parents[3]
+from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
 
 
 def read_lines(folder):
@@ -78,101 +72,6 @@ def test_a_failed_rewrite_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         MetricsLogger(tmp_path, Metrics(), {}, done=10)
     assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
-
-
-def test_tensorboard_shows_the_steps_of_a_run_that_went_on_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    section = Metrics(enable_tensorboard=True)
-    for done, losses in ((0, {1: 0.9, 2: 0.8, 3: 0.7}), (2, {3: 0.5})):
-        logger = MetricsLogger(tmp_path, section, {}, done)
-        for step, loss in losses.items():
-            logger.log(step, {"loss": loss})
-        logger.close()
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    shown = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
-    assert shown == [(1, 0.9), (2, 0.8), (3, 0.5)]
-
-
-def test_tensorboard_gets_scalars_and_pictures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
-    logger = MetricsLogger(tmp_path, Metrics(enable_tensorboard=True, save_tb_folder="events"), {})
-    logger.log(3, {"loss": 0.5})
-    logger.log_image(3, "samples", tmp_path / "grid.png")
-    logger.close()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
-    assert [(event.step, event.width) for event in events.Images("samples")] == [(3, 4)]
-
-
-def run_wandb_offline(folder, done, loss):
-    """A leg of a run with one logged step and a picture; what it wrote, by path."""
-    body = f"""
-from pathlib import Path
-from training.config import Metrics
-from training.metrics import MetricsLogger
-folder = Path({str(folder)!r})
-logger = MetricsLogger(folder, Metrics(enable_wandb=True), {{"training": {{"steps": 54321}}}}, {done})
-logger.log({done} + 1, {{"loss": {loss}}})
-logger.log_image({done} + 1, "samples", folder / "grid.png")
-logger.close()
-"""
-    command = [sys.executable, "-c", body, "--secret", "planted-secret"]
-    environment = {"PATH": "", "HOME": str(folder), "WANDB_MODE": "offline"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "off" not in done.stderr
-    return {path: path.read_bytes() for path in (folder / "wandb").rglob("*") if path.is_file()}
-
-
-def test_wandb_offline_keeps_the_command_line_to_itself_and_goes_on_as_one_run(tmp_path):
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
-    files = run_wandb_offline(tmp_path, done=0, loss=0.5)
-    assert any(path.suffix == ".wandb" and b"54321" in content for path, content in files.items())
-    assert any(path.suffix == ".png" for path in files)
-    assert not any(b"planted-secret" in content for content in files.values())
-
-    identity = (tmp_path / WANDB_ID_NAME).read_text().strip()
-    both = run_wandb_offline(tmp_path, done=1, loss=0.25)
-    assert (tmp_path / WANDB_ID_NAME).read_text().strip() == identity
-    legs = {path.name for path in both if path.suffix == ".wandb"}
-    assert legs == {f"run-{identity}.wandb"} and len([path for path in both if path.suffix == ".wandb"]) == 2
-
-
-class Sink:
-    """A place that fails at its second line."""
-
-    def __init__(self, *_):
-        self.calls = 0
-
-    def log(self, step, values):
-        self.calls += 1
-        if self.calls == 2:
-            raise OSError("disk\nfull")
-
-
-def test_a_sink_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(metrics_module, "_TensorBoard", Sink)
-    logger = MetricsLogger(tmp_path, Metrics(enable_tensorboard=True), {})
-    for step in range(1, 5):
-        logger.log(step, {"loss": 1.0})
-    logger.close()
-    assert [record.getMessage() for record in caplog.records] == ["TensorBoard is off from here on: OSError: disk full"]
-    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_a_sink_that_does_not_start_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(metrics_module, "_Wandb", refuse)
-    logger = MetricsLogger(tmp_path, Metrics(enable_wandb=True), {})
-    logger.log(1, {"loss": 1.0})
-    logger.close()
-    assert [record.getMessage() for record in caplog.records] == ["wandb is off: ConnectionError: no route to host"]
-    assert len(read_lines(tmp_path)) == 1
 
 
 def test_a_full_disk_does_not_stop_training_and_loses_no_line(tmp_path, caplog):
