@@ -67,10 +67,18 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
         return config_problem(["--job.config_file", *arguments])
     if module == "scripts.doctor":
         return config_problem(arguments)
-    if module == "scripts.validate":
-        arguments = [word for word in arguments if not word.startswith("--job.")]
+    if module in ("scripts.plan", "scripts.validate"):  # their other options are the configuration's
+        if problem := config_problem(settings_in(arguments)):
+            return problem
+        arguments = [word for word in arguments if word not in settings_in(arguments)]
     unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"} - options(path)
     return f"{module} does not know {', '.join(sorted(unknown))}" if unknown else None
+
+
+def settings_in(arguments: list[str]) -> list[str]:
+    """The `--section.key value` pairs among a script's arguments."""
+    names = [place for place, word in enumerate(arguments) if re.match(r"--\w+\.", word)]
+    return [word for place in names for word in arguments[place : place + (1 if "=" in arguments[place] else 2)]]
 
 
 def options(path: Path) -> set[str]:
