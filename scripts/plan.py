@@ -42,6 +42,7 @@ from train import EXIT_CODES
 GIB = 2**30
 RESERVED = 2 * GIB  # what the driver, communication buffers and libraries take
 USABLE = 0.92  # of the rest; the allocator cannot use every gap
+WORTH_CHANGING = 0.97  # a proposal takes at most this share of the configuration's time
 BF16 = 2  # bytes
 RECOMPUTATION = {
     "none": ActivationCheckpoint(mode="none"),
@@ -113,8 +114,11 @@ def propose(plan: Plan, machines: Machines, encoders: Mapping[str, EncoderCost])
     recomputation. Tensor parallel, compilation and number formats stay as configured.
     """
     fitting = [one for one in _variants(plan, machines, encoders) if one.fits(machines)]
-    # Of two that are equally fast, the one that leaves more memory.
-    return min(fitting, key=lambda one: (round(one.seconds.ceiling, 3), one.memory.peak), default=None)
+    # Of two that are about equally fast, the one that leaves more memory.
+    best = min(fitting, key=lambda one: (float(f"{one.seconds.ceiling:.2g}"), one.memory.peak), default=None)
+    if best and plan.fits(machines) and best.seconds.ceiling > WORTH_CHANGING * plan.seconds.ceiling:
+        return plan
+    return best
 
 
 def _variants(plan: Plan, machines: Machines, encoders: Mapping[str, EncoderCost]) -> Iterator[Plan]:
@@ -215,14 +219,15 @@ def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[t
     for name, label in PARTS_OF_TIME.items():
         times = [getattr(one.seconds, name) for one in plans]
         if any(times):
-            yield f"  {label}", [f"{seconds:.3f} s" for seconds in times]
+            yield f"  {label}", [f"{seconds:.3g} s" for seconds in times]
     ranges = [(one.seconds.floor, one.seconds.ceiling) for one in plans]
-    yield "an update", [f"{low:.2f} to {high:.2f} s" for low, high in ranges]
+    yield "an update", [f"{low:.3g} to {high:.3g} s" for low, high in ranges]
     rates = [(one.update_size / high, one.update_size / low) for one, (low, high) in zip(plans, ranges, strict=True)]
-    yield "samples/s", [f"{low:.4g} to {high:.4g}" for low, high in rates]
-    yield "  of one GPU", [f"{low / machines.gpus:.3g} to {high / machines.gpus:.3g}" for low, high in rates]
-    hours = [[machines.gpus * samples / rate / 3600 for rate in (high, low)] for low, high in rates]
-    yield f"GPU hours for {_count(samples)} samples", [f"{low:,.0f} to {high:,.0f}" for low, high in hours]
+    yield "samples/s", [f"{_number(low)} to {_number(high)}" for low, high in rates]
+    each = [(low / machines.gpus, high / machines.gpus) for low, high in rates]
+    yield "  of one GPU", [f"{_number(low)} to {_number(high)}" for low, high in each]
+    hours = [(samples / high / 3600, samples / low / 3600) for low, high in each]
+    yield f"GPU hours for {_count(samples)} samples", [f"{_number(low)} to {_number(high)}" for low, high in hours]
 
 
 def _advice(plan: Plan, proposal: Plan | None, changes: list[str], machines: Machines) -> Iterator[str]:
@@ -241,8 +246,9 @@ def _advice(plan: Plan, proposal: Plan | None, changes: list[str], machines: Mac
         gain = plan.seconds.ceiling / proposal.seconds.ceiling
         why = f"{gain:.2f} times as fast" if plan.fits(machines) else "it fits, and is the fastest way that does"
         shards = proposal.degrees.fsdp * proposal.degrees.tp
-        where = "within a machine" if shards <= machines.per_node else f"over {shards // machines.per_node} machines"
-        yield f"start with the proposal: {why}. Its weights are split over {shards} GPUs, {where}:"
+        where = "of one machine" if shards <= machines.per_node else f"of {shards // machines.per_node} machines"
+        split = f", with weights split over {shards} GPUs {where}" if shards > 1 else ""
+        yield f"start with the proposal: {why}{split}:"
         yield "    " + " ".join(changes)
 
 
@@ -250,8 +256,7 @@ def _extras(plan: Plan, machines: Machines, samples: int) -> Iterator[str]:
     """What is beside training."""
     config, side = plan.config, plan.config.training.img_size
     each = cached_bytes(config, side)
-    total = f"{each * samples / 1e12:.3g} TB for {_count(samples)}"
-    yield f"a cache of encoded samples takes {each / 1e6:.3g} MB each, {total}"
+    yield f"a cache of encoded samples takes {_size(each)} each, {_size(each * samples)} for {_count(samples)}"
     if config.validation.enable:
         loss, grid = validation_flops(config, plan.degrees)
         speed = machines.gpus * machines.chip.bf16_tflops * 1e12 * MATMUL_SHARE
@@ -294,7 +299,14 @@ def _name_recomputation(config: JobConfig) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+    for unit, size in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 2**10:.2f} KiB"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _count(samples: int) -> str:
