@@ -20,7 +20,8 @@ MAY_IMPORT = {room: {room} for room in ROOMS}
 MAY_IMPORT["config"] = {"config"} | ROOMS
 MAY_IMPORT["build"] = {"config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
-MAY_IMPORT["train"] = {"build", "config", "evaluate"} | ROOMS
+MAY_IMPORT["memory_advice"] = {"config"} | ROOMS
+MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice"} | ROOMS
 MAY_IMPORT["scripts"] = MAY_IMPORT["benchmarks"] = {"build", "train", "trained", "config"} | ROOMS
 PRODUCT = set(MAY_IMPORT)
 
