@@ -74,17 +74,20 @@ def describe_out_of_memory(config: JobConfig, error: str, remedies: Iterable[Rem
         error: what the allocator said.
         remedies: in any order; without one, options are named without figures.
     """
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", error, re.IGNORECASE)
+    asked = re.search(r"tried to allocate (?:(\d+) bytes|([\d.]+ \w+))", error, re.IGNORECASE)
+    amount = asked and (_size(int(asked[1])) if asked[1] else asked[2])
+    mode = show(config.activation_checkpoint.mode)
     text = (
-        f"out of memory{f' (tried to allocate {asked[1]})' if asked else ''} with "
+        f"out of memory{f' (tried to allocate {amount})' if amount else ''} with "
         f"training.local_batch_size={config.training.local_batch_size}, training.img_size={config.training.img_size} "
-        f"and activation_checkpoint.mode={show(config.activation_checkpoint.mode)}: "
+        f"and activation_checkpoint.mode={mode}: "
     )
     best_first = sorted(remedies, key=lambda remedy: -remedy.saves)
     if best_first:
         return text + "on each rank, " + ", ".join(f"{one.option} saves {_size(one.saves)}" for one in best_first)
+    recompute = 'set activation_checkpoint.mode="full", ' if config.activation_checkpoint.mode != "full" else ""
     return (
-        text + 'lower training.local_batch_size, set activation_checkpoint.mode="full", or use more ranks; '
+        f"{text}lower training.local_batch_size, {recompute}or use more ranks; "
         "python -m scripts.dry_run tells what a rank holds of the weights"
     )
 

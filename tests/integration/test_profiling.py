@@ -102,7 +102,7 @@ def test_a_model_that_does_not_fit_is_told_too(monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit) as caught:
         main([*TINY, f"--job.dump_folder={tmp_path / 'run'}"])
     said = capfd.readouterr().err
-    assert caught.value.code == 2 and "out of memory (tried to allocate 1152921504606846976 bytes)" in said
+    assert caught.value.code == 2 and "out of memory (tried to allocate 1073741824.0 GiB)" in said
     assert "Traceback" not in said
 
 

@@ -78,6 +78,9 @@ def test_options_are_named_where_no_figure_is_known():
     text = describe_out_of_memory(config_of(), "CUDA error: out of memory", [])
     assert text.startswith("out of memory with training.local_batch_size=4, ") and "saves" not in text
     assert 'set activation_checkpoint.mode="full"' in text and "\n" not in text
+    assert "set activation_checkpoint" not in describe_out_of_memory(
+        config_of("--activation_checkpoint.mode=full"), "", []
+    )
 
 
 def told(config, device: str, model=None, activations=(), error=None) -> str:
