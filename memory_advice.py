@@ -45,7 +45,7 @@ def out_of_memory_told(
             raise
         remedies = list(activations)
         # More ranks of one machine share the memory of its CPU, and offloaded weights are not on the GPU.
-        if model and layout.device.type == "cuda" and not config.training.enable_cpu_offload:
+        if model is not None and layout.device.type == "cuda" and not config.training.enable_cpu_offload:
             remedies += state_remedies(layout.degrees, state_bytes(model.parameters(), config.ema.enable))
         raise ValueError(describe_out_of_memory(config, str(error), remedies)) from error
 

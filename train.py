@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.profiler import record_function as region
 
 from build import (
-    DTYPES,
     EMA_EXPORT_FILE,
     EXPORT_FILE,
     EXPORT_FOLDER,
-    PIPELINE_FOLDER,
     build_checkpointer,
     build_encoders,
     build_mllog,
@@ -35,14 +33,12 @@ from build import (
     choose_techniques,
     compute_dtype,
     draw_seed,
-    export_pipeline,
+    export_weights,
     find_start,
     start_weights,
 )
 from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
-from checkpoint.lazy import cast_all, lazy_all
-from checkpoint.safetensors_file import write_safetensors
 from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
@@ -66,7 +62,6 @@ from parallel.gradients import clip_grad_norm_, group_by_mesh
 from parallel.mesh import Layout, close_layout
 from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
-from parallel.shards import gather_state_dict
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
@@ -313,23 +308,12 @@ class FluxTrainer:
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
-            in_hf = folder / PIPELINE_FOLDER if section.last_save_in_hf else None
-            self._export(folder / EXPORT_FILE, dict(self.model.named_parameters()), in_hf)
-            if self.ema:
-                self._export(folder / EMA_EXPORT_FILE, self.ema)
+            for name, tensors in (EXPORT_FILE, dict(self.model.named_parameters())), (EMA_EXPORT_FILE, self.ema):
+                export_weights(self.config, self.layout, folder / name, self.step, tensors)
         if self.metrics:
             self.metrics.close()
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
-
-    def _export(self, path: Path, tensors: Mapping[str, Tensor], pipeline: Path | None = None) -> None:
-        """Saves one file of whole tensors, and a diffusers folder if one is named; on rank 0, the others help."""
-        whole = lazy_all(gather_state_dict(tensors, keep=self.layout.rank == 0))
-        if self.layout.rank == 0:
-            weights = cast_all(whole, DTYPES[self.config.checkpoint.export_dtype])
-            write_safetensors(path, weights, None, {"flavor": self.spec.name, "step": str(self.step)})
-            if pipeline:
-                export_pipeline(pipeline, self.spec, self.config, weights)
 
     def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
         values = {
