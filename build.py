@@ -16,8 +16,8 @@ from checkpoint.adapter import from_hf, from_native
 from checkpoint.checkpointer import Checkpointer, Found
 from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
 from checkpoint.exchange import DIFFUSERS_FOLDER, DIFFUSERS_STEM, open_weights
-from checkpoint.lazy import LazyTensor
-from checkpoint.safetensors_file import write_sharded
+from checkpoint.lazy import LazyTensor, cast_all, lazy_all
+from checkpoint.safetensors_file import write_safetensors, write_sharded
 from checkpoint.slices import Slices
 from checkpoint.steps import write_folder
 from config.job_config import JobConfig
@@ -39,7 +39,7 @@ from parallel.data_parallel import apply_frozen_fsdp
 from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
-from parallel.shards import copy_full_, is_saver, local_views
+from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
 from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
 from training.optimizer import optimizer_tensors
 
@@ -210,6 +210,18 @@ def save_pipeline(
 
     save_pipeline_parts(folder, spec, encoder, test_mode, write, _name_autoencoder)
     write_sharded(folder / DIFFUSERS_FOLDER, DIFFUSERS_STEM, tensors, None, metadata)
+
+
+def export_weights(config: JobConfig, layout: Layout, path: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the weights of a run's end, or their average, as one file; the weights as a diffusers folder too, where
+    that is wanted. Without tensors nothing. All ranks must call it; rank 0 writes.
+    """
+    whole = lazy_all(gather_state_dict(tensors, keep=layout.rank == 0))
+    if whole:
+        spec, weights = SPECS[config.model.flavor], cast_all(whole, DTYPES[config.checkpoint.export_dtype])
+        write_safetensors(path, weights, None, {"flavor": spec.name, "step": str(step)})
+        if path.name == EXPORT_FILE and config.checkpoint.last_save_in_hf:
+            export_pipeline(path.parent / PIPELINE_FOLDER, spec, config, weights)
 
 
 def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: Mapping[str, LazyTensor]) -> None:

@@ -129,7 +129,9 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
     gathered = _gathered_bytes(config, degrees)
     frozen = _encoder_bytes(config, degrees, encoders)
     states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
-    standing = 0 if config.training.enable_cpu_offload else elements * itemsize + states
+    standing = elements * itemsize + states + average
+    if config.training.enable_cpu_offload:  # all of them, and gradients, are in the host's memory
+        standing, together = 0, activations
     return Memory(
         weights=elements * itemsize,
         gradients=sum(gradients),
@@ -138,7 +140,7 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
         gathered=gathered,
         activations=activations,
         encoders=frozen,
-        peak=standing + average + gathered + frozen + together,
+        peak=standing + gathered + frozen + together,
     )
 
 

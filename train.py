@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function as region
 
 from build import (
-    DTYPES,
     EMA_EXPORT_FILE,
     EXPORT_FILE,
     EXPORT_FOLDER,
-    PIPELINE_FOLDER,
     build_checkpointer,
     build_encoders,
     build_mllog,
@@ -34,14 +33,12 @@ from build import (
     choose_techniques,
     compute_dtype,
     draw_seed,
-    export_pipeline,
+    export_weights,
     find_start,
     start_weights,
 )
 from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
-from checkpoint.lazy import cast_all, lazy_all
-from checkpoint.safetensors_file import write_safetensors
 from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
@@ -57,6 +54,7 @@ from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
+from memory_advice import out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
@@ -64,7 +62,6 @@ from parallel.gradients import clip_grad_norm_, group_by_mesh
 from parallel.mesh import Layout, close_layout
 from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
-from parallel.shards import gather_state_dict
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
@@ -76,6 +73,7 @@ from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
 from training.optimizer import build_optimizer
 from training.plots import save_loss_curve
+from training.profiling import Profiler
 from training.step_timer import StepTimer
 
 log = logging.getLogger("train")  # by name: run as a program, this module is called __main__
@@ -207,13 +205,18 @@ class FluxTrainer:
 
         Training and validation share these lines.
         """
-        raw = raw.to(self.device)
-        encoded = self.encoders.encode(raw)
-        inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
+        with region("encode"):
+            raw = raw.to(self.device)
+            encoded = self.encoders.encode(raw)
+        with region("inputs"):
+            inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
         # Identity unless context parallel ranks share the tokens.
         local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
         local_target_BTC = local.pop("target_BTC")
-        errors_B = self.loss(self.model(**local), local_target_BTC)
+        with region("forward"):
+            velocity_BTC = self.model(**local)
+        with region("loss"):
+            errors_B = self.loss(velocity_BTC, local_target_BTC)
         return errors_B if raw.counts_B is None else errors_B * raw.counts_B
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
@@ -223,12 +226,13 @@ class FluxTrainer:
         """
         loss = torch.zeros((), device=self.device)
         for _ in range(self.accumulation):
-            with self.timer.waiting():
+            with region("data"), self.timer.waiting():
                 raw = next(batches)
             self.bad += raw.bad
             update_elements = raw.draws.noise_BTC[0].numel() * raw.update_samples
             micro_loss = self.squared_errors(raw).sum() / update_elements
-            micro_loss.backward()
+            with region("backward"):
+                micro_loss.backward()
             loss += micro_loss.detach()
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
         return loss
@@ -237,13 +241,16 @@ class FluxTrainer:
         """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
         self.optimizer.zero_grad()
         loss = self.forward_backward(batches)
-        grad_norm = self.clip_gradients()
-        self.optimizer.step()
+        with region("clip"):
+            grad_norm = self.clip_gradients()
+        with region("optimizer"):
+            self.optimizer.step()
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
         if self.ema:
-            update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
+            with region("ema"):
+                update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
         self.cursor += self.update_size
         return loss, grad_norm
 
@@ -251,8 +258,8 @@ class FluxTrainer:
         """Scales the gradients down to training.max_norm; their norm before that."""
         return clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
 
-    def train(self) -> None:
-        """Runs to training.steps, then exports the weights and draws the loss curve."""
+    def train(self, after_step: Callable[[], object] = lambda: None) -> None:
+        """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve."""
         training = self.config.training
         if self.config.checkpoint.create_seed_checkpoint:
             self.save()
@@ -275,6 +282,7 @@ class FluxTrainer:
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
+                after_step()
                 reached = self.evaluator is not None and self.evaluator.evaluate(self.step, self.cursor)
                 if self._must_save(is_logged, reached):
                     self.save()
@@ -300,23 +308,12 @@ class FluxTrainer:
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
-            in_hf = folder / PIPELINE_FOLDER if section.last_save_in_hf else None
-            self._export(folder / EXPORT_FILE, dict(self.model.named_parameters()), in_hf)
-            if self.ema:
-                self._export(folder / EMA_EXPORT_FILE, self.ema)
+            for name, tensors in (EXPORT_FILE, dict(self.model.named_parameters())), (EMA_EXPORT_FILE, self.ema):
+                export_weights(self.config, self.layout, folder / name, self.step, tensors)
         if self.metrics:
             self.metrics.close()
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
-
-    def _export(self, path: Path, tensors: Mapping[str, Tensor], pipeline: Path | None = None) -> None:
-        """Saves one file of whole tensors, and a diffusers folder if one is named; on rank 0, the others help."""
-        whole = lazy_all(gather_state_dict(tensors, keep=self.layout.rank == 0))
-        if self.layout.rank == 0:
-            weights = cast_all(whole, DTYPES[self.config.checkpoint.export_dtype])
-            write_safetensors(path, weights, None, {"flavor": self.spec.name, "step": str(self.step)})
-            if pipeline:
-                export_pipeline(pipeline, self.spec, self.config, weights)
 
     def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
         values = {
@@ -366,13 +363,16 @@ def main(argv: list[str]) -> None:
         end.folder = Path(layout.from_rank_0("folder", claim))
         if end.folder != Path(config.job.dump_folder):
             log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
-        trainer = FluxTrainer(config, end.folder, layout)
+        with out_of_memory_told(config, layout):
+            trainer = FluxTrainer(config, end.folder, layout)
         if end.rank == 0:
             save_config(trainer.config, end.folder / CONFIG_FILE)
             if config.job.print_config:
                 log.info("%s", format_config(trainer.config))
+        profiler = Profiler(config.profiling, end.folder, end.rank, layout.device.type, trainer.step)
         try:
-            trainer.train()
+            with out_of_memory_told(config, layout), profiler:
+                trainer.train(profiler.step)
         finally:
             end.step = trainer.step
             trainer.checkpointer.close()

@@ -6,13 +6,6 @@ Who builds the part that reads a key moves the key from here into the dataclass 
 from typing import Any, Literal
 
 NO_EFFECT_YET: dict[str, Any] = {
-    "profiling.enable_profiling": bool,
-    "profiling.save_traces_folder": str,
-    "profiling.profile_freq": int,
-    "profiling.profiler_active": int,
-    "profiling.profiler_warmup": int,
-    "profiling.enable_memory_snapshot": bool,
-    "profiling.save_memory_snapshot_folder": str,
     "metrics.save_for_all_ranks": bool,
     "model.print_after_conversion": bool,
     "training.gc_freq": int,

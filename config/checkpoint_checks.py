@@ -58,6 +58,8 @@ def _folder(config: JobConfig) -> Iterator[Finding]:
     others = {
         "metrics.save_tb_folder": config.metrics.save_tb_folder,
         "validation.save_img_folder": config.validation.save_img_folder,
+        "profiling.save_traces_folder": config.profiling.save_traces_folder,
+        "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
     }
     for other, taken in [*others.items(), *(("the weights", taken) for taken in TAKEN_FOLDERS)]:
         if PurePath(taken) == PurePath(folder):

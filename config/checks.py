@@ -21,6 +21,7 @@ def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     yield from _loader("training.dataloader", config.training.dataloader)
     yield from _loader("validation.dataloader", config.validation.dataloader)
     yield from _number_formats(config)
+    yield from _profiled_steps(config)
     yield from _folders(config)
     yield from find_checkpoint_faults(config, world_size)
 
@@ -79,6 +80,18 @@ def _number_formats(config: JobConfig) -> Iterator[Finding]:
         )
 
 
+def _profiled_steps(config: JobConfig) -> Iterator[Finding]:
+    section = config.profiling
+    steps = section.profiler_warmup + section.profiler_active
+    if section.enable_profiling and steps > section.profile_freq:
+        yield (
+            ("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"),
+            f"profiling.profile_freq={section.profile_freq} must be at least {steps}, the steps of "
+            f"profiler_warmup={section.profiler_warmup} and profiler_active={section.profiler_active}: "
+            f"use {steps} or more, or shorten these",
+        )
+
+
 def _learning_rate(config: JobConfig) -> Iterator[str]:
     """What training/lr_schedule.py does with steps that do not add up, said before it does it."""
     schedule, steps = config.lr_scheduler, config.training.steps
@@ -110,6 +123,8 @@ def _folders(config: JobConfig) -> Iterator[Finding]:
     for name, folder in (
         ("metrics.save_tb_folder", config.metrics.save_tb_folder),
         ("validation.save_img_folder", config.validation.save_img_folder),
+        ("profiling.save_traces_folder", config.profiling.save_traces_folder),
+        ("profiling.save_memory_snapshot_folder", config.profiling.save_memory_snapshot_folder),
     ):
         path = PurePath(folder)
         if path.is_absolute() or ".." in path.parts:

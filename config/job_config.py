@@ -6,7 +6,7 @@ from checkpoint.config import Checkpoint
 from flux.config import Data, Encoder, Inference, Model, Training, Validation
 from parallel.config import ActivationCheckpoint, Comm, Compile, Parallelism, Quantize
 from runtime.config import Debug, Job
-from training.config import EMA, LRScheduler, Metrics, Optimizer
+from training.config import EMA, LRScheduler, Metrics, Optimizer, Profiling
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class JobConfig:
     """Validated and complete: `config.parse.load_config` makes it, nothing changes it."""
 
     job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
     encoder: Encoder = field(default_factory=Encoder)

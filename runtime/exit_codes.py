@@ -2,7 +2,7 @@
 
 OK = 0
 ERROR = 1  # a fault of the recipe or of the machine; the traceback is shown
-CONFIG = 2  # the configuration or a file it names is wrong; starting again changes nothing
+CONFIG = 2  # the configuration is wrong, or a file it names, or the memory it needs; starting again changes nothing
 DATA = 3  # the data set cannot be read
 DIVERGED = 4  # the loss is no longer a number
 CHECKPOINT = 5  # no checkpoint can be loaded or saved

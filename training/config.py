@@ -1,4 +1,4 @@
-"""The [optimizer], [lr_scheduler], [ema] and [metrics] sections."""
+"""The [optimizer], [lr_scheduler], [ema], [metrics] and [profiling] sections."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -57,3 +57,22 @@ class Metrics:
     save_tb_folder: Annotated[str, "folder of the event files, inside the run folder", "[1, inf)"] = "tb"
     enable_wandb: Annotated[bool, "also log to Weights & Biases (WANDB_MODE=offline needs no account)"] = False
     enable_mllog: Annotated[bool, "write MLPerf's log lines to mllog.txt in the run folder"] = False
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """What a step spends its time and a GPU its memory on: looked at once in so many steps."""
+
+    enable_profiling: Annotated[bool, "write traces of steps, for ui.perfetto.dev or chrome://tracing"] = False
+    save_traces_folder: Annotated[str, "folder of the traces, inside the run folder", "[1, inf)"] = "profile_traces"
+    profile_freq: Annotated[int, "steps from one trace, or one memory snapshot, to the next", "[1, inf)"] = 10
+    profiler_active: Annotated[
+        int, "steps that a trace shows, the last of them a multiple of profile_freq", "[1, inf)"
+    ] = 1
+    profiler_warmup: Annotated[int, "steps before a trace that are recorded and dropped", "[0, inf)"] = 3
+    enable_memory_snapshot: Annotated[
+        bool, "record a GPU's allocations; snapshots for pytorch.org/memory_viz, also when its memory runs out"
+    ] = False
+    save_memory_snapshot_folder: Annotated[str, "folder of the snapshots, inside the run folder", "[1, inf)"] = (
+        "memory_snapshot"
+    )

@@ -155,3 +155,10 @@ def test_where_weights_come_from_and_go_to(straight, tmp_path):
         else:
             assert "with the weights from" in told and Run(folder).series("loss") != straight.series("loss")[:1]
             assert (folder / "export" / "transformer.safetensors").exists()  # the only thing that such a run leaves
+
+
+def test_a_run_that_goes_on_traces_the_steps_it_would_have_traced(tmp_path):
+    traced = ("--profiling.enable_profiling", "--profiling.profile_freq=2", "--profiling.profiler_warmup=1")
+    for steps, names in ((1, []), (4, ["step-000004"])):
+        assert run(tmp_path / "run", "--checkpoint.enable", f"--training.steps={steps}", *traced)[0] == exit_codes.OK
+        assert [path.name for path in (tmp_path / "run").glob("profile_traces/*")] == names

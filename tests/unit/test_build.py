@@ -1,15 +1,18 @@
-"""What a run starts from, as far as it can be told without one."""
+"""What a run starts from and what it leaves, as far as it can be told without one."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from build import find_start
+from build import export_weights, find_start
 from config.parse import load_config
 from flux.identify import expected_shapes
 from flux.spec import SPECS
+from parallel.degrees import Degrees
+from parallel.mesh import Layout
 
 SEED = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
 
@@ -35,3 +38,15 @@ def test_a_seed_is_not_made_of_a_run_that_goes_on():
 def test_a_checkpoint_of_another_flavor_is_named():
     with pytest.raises(ValueError, match=r"old/step-3 holds a flux-schnell .* but model\.flavor='flux-tiny'"):
         find_start(config_of(), checkpointer_that_finds("flux-schnell", step=3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_weight_too_large_for_the_exports_format_is_told(tmp_path, dtype):
+    config, layout = config_of(f"--checkpoint.export_dtype={dtype}"), Layout(Degrees(), torch.device("cpu"))
+    path = tmp_path / "x.safetensors"
+    if dtype == "float16":
+        with pytest.raises(ValueError, match=r"img_in\.weight reaches 7e\+04, too large for float16"):
+            export_weights(config, layout, path, 1, {"img_in.weight": torch.tensor([1.0, 7e4])})
+        assert not path.exists()
+    export_weights(config, layout, path, 1, {"img_in.weight": torch.tensor([1.0, -6e4])})
+    assert load_file(path)["img_in.weight"].dtype == getattr(torch, dtype)

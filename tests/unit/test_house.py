@@ -21,7 +21,8 @@ MAY_IMPORT["config"] = {"config"} | ROOMS
 MAY_IMPORT["build"] = {"config"} | ROOMS
 MAY_IMPORT["estimate"] = {"build", "config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
-MAY_IMPORT["train"] = {"build", "config", "estimate", "evaluate"} | ROOMS
+MAY_IMPORT["memory_advice"] = {"config", "estimate"} | ROOMS
+MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice"} | ROOMS
 MAY_IMPORT["scripts"] = MAY_IMPORT["benchmarks"] = {"build", "estimate", "train", "trained", "config"} | ROOMS
 PRODUCT = set(MAY_IMPORT)
 

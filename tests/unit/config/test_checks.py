@@ -21,6 +21,12 @@ FAULTS = [
     ("--checkpoint.folder=.", 'checkpoint.folder="." must stay inside the run folder'),
     ("--checkpoint.folder=export", 'checkpoint.folder="export" is the folder of the weights too'),
     ("--checkpoint.folder=img", 'checkpoint.folder="img" is the folder of validation.save_img_folder too'),
+    ("--checkpoint.folder=profile_traces", "is the folder of profiling.save_traces_folder too"),
+    ("--checkpoint.folder=memory_snapshot", "is the folder of profiling.save_memory_snapshot_folder too"),
+    (
+        "--profiling.enable_profiling --profiling.profile_freq=3",
+        "profiling.profile_freq=3 must be at least 4, the steps of profiler_warmup=3 and profiler_active=1: use 4 or",
+    ),
     (
         "--checkpoint.initial_load_in_hf",
         "checkpoint.initial_load_in_hf=true needs checkpoint.initial_load_path: set it to a diffusers folder",
@@ -105,6 +111,9 @@ FINE = [
     "--lr_scheduler.total_steps=500 --lr_scheduler.decay_ratio=0.0",
     "--training.dataset=cc12m-wds --validation.dataset=coco-validation --validation.enable",  # the run refuses these
     "--inference.img_size=-1",
+    "--profiling.enable_profiling --profiling.profile_freq=4",
+    "--profiling.enable_profiling --profiling.profile_freq=1 --profiling.profiler_warmup=0",
+    "--profiling.profile_freq=3 --profiling.enable_memory_snapshot",  # there is no trace that would need more
     "--inference.img_size=512",
     "--checkpoint.interval=1000 --checkpoint.folder=saved --checkpoint.export_dtype=bfloat16",  # for when they are on
     "--checkpoint.enable --checkpoint.keep_latest_k=3 --checkpoint.keep_every=1000 --checkpoint.async_mode=async",
@@ -155,7 +164,15 @@ def test_each_key_without_effect_is_named():
     assert len(parse(["--checkpoint.load_only", "--checkpoint.keep_every=7", "--checkpoint.load_step=0"])[1]) == 3
 
 
-@pytest.mark.parametrize("key", ["metrics.save_tb_folder", "validation.save_img_folder"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "metrics.save_tb_folder",
+        "validation.save_img_folder",
+        "profiling.save_traces_folder",
+        "profiling.save_memory_snapshot_folder",
+    ],
+)
 @pytest.mark.parametrize("folder", ["../elsewhere", "/tmp/elsewhere"])
 def test_what_a_run_writes_stays_in_its_folder(key, folder):
     with pytest.raises(ConfigError, match=rf"{key}=.* must stay inside the run folder"):

@@ -46,7 +46,9 @@ def values_of(key: Key) -> st.SearchStrategy:
         values = st.integers(0, 2**63 - 1)
     elif key.name.endswith(".num_workers"):
         values = st.integers(1, 9)
-    elif key.name in ("metrics.save_tb_folder", "validation.save_img_folder"):
+    elif key.name == "profiling.profile_freq":
+        values = st.integers(1024, 4096)  # warm-up and trace are shorter
+    elif key.name.endswith("_folder") and key.name.startswith(("metrics.", "validation.", "profiling.")):
         values = st.text("aé .", min_size=1, max_size=12).filter(lambda text: text.strip(" ."))  # plain names
     elif key.name.endswith(".dataset_path"):
         return ALL_TEXT
