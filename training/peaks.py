@@ -30,8 +30,9 @@ class Peaks:
         return shares if self.datasheet is None else shares | {"mfu_percent": 100 * tflops / self.datasheet}
 
     def describe(self) -> str:
-        """Such as `6150 TFLOP/s in matrix products (of 7912)`."""
-        return f"{self.matmul:.3g} TFLOP/s in matrix products" + (f" (of {self.datasheet:g})" if self.datasheet else "")
+        """Such as `6150.2 TFLOP/s in matrix products (of 7912)`."""
+        promised = "" if self.datasheet is None else f" (of {self.datasheet:g})"
+        return f"{round(self.matmul, 3):g} TFLOP/s in matrix products{promised}"
 
 
 @torch.no_grad()
