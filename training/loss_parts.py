@@ -26,7 +26,8 @@ class LossParts:
         self._counts = torch.zeros(len(_PARTS), dtype=torch.float64)  # on the CPU, where times and captions come from
 
     def begin_update(self) -> None:
-        self._sums[-1] = self._counts[-1] = 0
+        for totals in (self._sums, self._counts):
+            totals[-1].zero_()  # an assigned 0 would be copied from the host, which waits for that
 
     @torch.no_grad()
     def add(self, losses_B: Tensor, t_B: Tensor, uncaptioned_B: Tensor, counts_B: Tensor | None) -> None:
@@ -42,8 +43,8 @@ class LossParts:
         if counts_B is not None:
             member_PB &= counts_B > 0
         self._counts += member_PB.sum(dim=1)
-        here_PB = member_PB.to(self._device, non_blocking=True)
-        self._sums += torch.where(here_PB, losses_B, 0.0).sum(dim=1, dtype=torch.float64)
+        others_PB = (~member_PB).to(self._device, non_blocking=True)
+        self._sums += losses_B.masked_fill(others_PB, 0.0).sum(dim=1, dtype=torch.float64)
 
     def read(self, loss: Tensor) -> Tensor:
         """What this rank has for `summarize`, on the device, of the samples since the last call.
@@ -69,10 +70,11 @@ class LossParts:
         losses, sums, counts = ranks.split([1, len(_PARTS), len(_PARTS)], dim=-1)
         # Ranks of a context parallel group have parts of the sums, each of the same samples.
         sums, counts = sums.sum(dim=1), counts.mean(dim=1)
-        worst = (sums[:, -1] / counts[:, -1])[counts[:, -1] > 0].max().item()
-        means = (sums.sum(dim=0) / counts.sum(dim=0)).tolist()
-        told = {name for name, count in zip(_PARTS, counts.sum(dim=0).tolist(), strict=True) if count}
-        if not self._by_caption:
-            told -= set(_BY_CAPTION)
-        parts = {name: mean for name, mean in zip(_PARTS, means, strict=True) if name in told}
-        return {"loss": losses.sum().float().item()} | parts | {"loss_max": worst}
+        total = counts.sum(dim=0)
+        parts = {
+            name: mean
+            for name, mean, count in zip(_PARTS, (sums.sum(dim=0) / total).tolist(), total.tolist(), strict=True)
+            if count and (self._by_caption or name not in _BY_CAPTION)
+        }
+        parts["loss_max"] = (sums[:, -1] / counts[:, -1])[counts[:, -1] > 0].max().item()
+        return {"loss": losses.sum().float().item()} | parts
