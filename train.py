@@ -147,7 +147,7 @@ class FluxTrainer:
             self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
         self.timer, self.bad, self.noted = StepTimer(self.device.type == "cuda"), list[BadRecord](), self.cursor
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
-        self.groups, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
+        self.by_module, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
         self.evaluator: Evaluator | None = None
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
@@ -249,7 +249,7 @@ class FluxTrainer:
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to training.max_norm; their norm before that."""
-        norm, self.grad_norms = clip_grad_norm_(self.groups, self.config.training.max_norm)
+        norm, self.grad_norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
         return norm
 
     def train(self) -> None:
