@@ -2,12 +2,14 @@
 checkpointer are built. The trainer, scripts and benchmarks call them.
 """
 
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +23,11 @@ from checkpoint.safetensors_file import write_safetensors, write_sharded
 from checkpoint.slices import Slices
 from checkpoint.steps import write_folder
 from config.job_config import JobConfig
-from flux.autoencoder import load_autoencoder
+from flux.autoencoder import AutoencoderConfig, load_autoencoder
 from flux.codec import LatentCodec
 from flux.conditioner import Sharding, build_conditioner, check_tokenizer
 from flux.config import Encoder
-from flux.data.build import RunData
+from flux.data.build import RunData, find_data_change
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS, Encoders
 from flux.identify import check_fits
@@ -40,9 +42,12 @@ from parallel.degrees import resolve_degrees
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, parallelize
 from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
+from runtime.hardware import find_accelerator
 from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
 from training.optimizer import optimizer_tensors
+from training.peaks import Peaks, measure_matmul
 
+log = logging.getLogger("train")
 _name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
 STARTED_MS = now_ms()  # about when the program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +62,15 @@ def build_run_layout(config: JobConfig, world_size: int) -> Layout:
     training = config.training
     by_fsdp = training.dtype != training.mixed_precision_param or training.enable_cpu_offload
     return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
+
+
+def measure_peaks(layout: Layout, dtype: torch.dtype) -> Peaks:
+    """What all processes together could compute; they measure at the same time, as they train."""
+    device = layout.device
+    own = torch.tensor(measure_matmul(device, dtype), dtype=torch.float64, device=device)
+    known = find_accelerator(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    datasheet = known.bf16_tflops * layout.degrees.world if known else None
+    return Peaks(layout.gather(own).sum().item(), datasheet)
 
 
 def build_encoders(
@@ -79,6 +93,12 @@ def build_encoders(
     if tokenizer is not None:
         check_tokenizer(tokenizer, conditioner)
     return Encoders(tokenizer, conditioner, LatentCodec(autoencoder, spec.codec), device)
+
+
+def warn_of_tiny_autoencoder(dataset: str, encoders: Encoders) -> None:
+    autoencoder = encoders.codec.autoencoder
+    if dataset != "shapes" and autoencoder and autoencoder.config != AutoencoderConfig():
+        log.warning("the tiny autoencoder blurs photographs: set encoder.autoencoder_path to FLUX.1's")
 
 
 def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTransformer:
@@ -189,6 +209,20 @@ def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
                 "leave it out, or choose another job.dump_folder"
             )
     return found
+
+
+def check_shards(
+    config: JobConfig, saved: Mapping[str, Any], shards: Sequence[Sequence[Sequence]], update_size: int
+) -> None:
+    """Raises ValueError for a checkpoint whose positions mean other samples."""
+    size = saved.get("update_size", update_size)
+    if config.data.buckets.enable and size != update_size:
+        raise ValueError(f"training.global_batch_size must stay {size}: buckets cut the data into such updates")
+    if change := find_data_change(saved.get("shards", shards), shards):
+        raise ValueError(
+            f"training.dataset is not what the checkpoint was trained on: {change}: give the same shards (and keep "
+            "validation.enable), or begin anew with its weights: checkpoint.initial_load_path"
+        )
 
 
 def save_pipeline(

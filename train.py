@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,13 +29,16 @@ from build import (
     build_mllog,
     build_model,
     build_run_layout,
+    check_shards,
     checkpoint_tensors,
     choose_techniques,
     compute_dtype,
     draw_seed,
     export_weights,
     find_start,
+    measure_peaks,
     start_weights,
+    warn_of_tiny_autoencoder,
 )
 from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
@@ -44,9 +47,8 @@ from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import Evaluator
-from flux.autoencoder import AutoencoderConfig
 from flux.batch import BadRecord, RawBatch
-from flux.data.build import Deal, build_training_loader, build_validation_loader, find_data_change, open_data
+from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
 from flux.flops import training_flops, with_unit
@@ -58,10 +60,15 @@ from memory_advice import out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
-from parallel.gradients import clip_grad_norm_, group_by_mesh
+from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
+<<<<<<< HEAD
+=======
+from parallel.shards import gather_state_dict
+from parallel.updates import copy_parts, middle_blocks, update_ratios
+>>>>>>> w-metrics
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
@@ -69,6 +76,7 @@ from runtime.run_folder import claim_run_folder
 from training.bad_samples import BadSamples
 from training.determinism import apply_determinism
 from training.ema import build_ema, update_ema
+from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
 from training.optimizer import build_optimizer
@@ -100,13 +108,14 @@ class FluxTrainer:
         self.step = found.step if found else 0  # finished updates
         self.cursor = found.samples_seen if found else 0  # positions that finished updates have used
         self.device, self.dtype = layout.device, compute_dtype(config)
-        log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads")
+        self.peaks = measure_peaks(layout, self.dtype)
+        log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads, {self.peaks.describe()}")
 
         self.spec = SPECS[config.model.flavor]
         self.update_size, self.accumulation = training.update_size(degrees.dp), training.accumulation(degrees.dp)
         data = open_data(training, validation, config.data, config.encoder, self.spec, show_progress=layout.rank == 0)
         self.shards = data.describe_shards()
-        self._check_shards(saved)
+        check_shards(config, saved, self.shards, self.update_size)
         tokenizer = build_tokenizer(config.encoder, training.test_mode) if data.needed_parts - {"autoencoder"} else None
         deal = Deal(self.seed, layout.dp_rank, degrees.dp, degrees.cp)
         self.loader = build_training_loader(data, tokenizer, deal, self.cursor)
@@ -114,9 +123,7 @@ class FluxTrainer:
 
         self.encoders = build_encoders(config, self.spec, tokenizer, layout, data.needed_parts)
         log_stage(3, STAGES, "encoders", f"{self.encoders.describe()}, {config.encoder.dtype}")
-        autoencoder = self.encoders.codec.autoencoder
-        if training.dataset != "shapes" and autoencoder and autoencoder.config != AutoencoderConfig():
-            log.warning("the tiny autoencoder blurs photographs: set encoder.autoencoder_path to FLUX.1's")
+        warn_of_tiny_autoencoder(training.dataset, self.encoders)
 
         self.plan = make_plan(self.spec.transformer)
         self.model = build_model(config, self.spec, layout)
@@ -140,7 +147,9 @@ class FluxTrainer:
             mllog = build_mllog(config, folder, layout, data) if config.metrics.enable_mllog else None
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
             self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
-        self.timer, self.bad, self.noted = StepTimer(), list[BadRecord](), self.cursor
+        self.timer, self.bad, self.noted = StepTimer(self.device.type == "cuda"), list[BadRecord](), self.cursor
+        self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
+        self.by_module, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
         self.evaluator: Evaluator | None = None
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
@@ -150,17 +159,6 @@ class FluxTrainer:
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
-
-    def _check_shards(self, saved: Mapping[str, Any]) -> None:
-        """Raises ValueError for a checkpoint whose positions mean other samples."""
-        size = saved.get("update_size", self.update_size)
-        if self.config.data.buckets.enable and size != self.update_size:
-            raise ValueError(f"training.global_batch_size must stay {size}: buckets cut the data into such updates")
-        if change := find_data_change(saved.get("shards", self.shards), self.shards):
-            raise ValueError(
-                f"training.dataset is not what the checkpoint was trained on: {change}: give the same shards (and keep "
-                "validation.enable), or begin anew with its weights: checkpoint.initial_load_path"
-            )
 
     def _load(self, found: Found | None) -> dict[str, Tensor]:
         """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights."""
@@ -205,11 +203,18 @@ class FluxTrainer:
 
         Training and validation share these lines.
         """
+<<<<<<< HEAD
         with region("encode"):
             raw = raw.to(self.device)
             encoded = self.encoders.encode(raw)
         with region("inputs"):
             inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
+=======
+        raw = raw.to(self.device)
+        with self.timer.encoding():
+            encoded = self.encoders.encode(raw)
+        inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
+>>>>>>> w-metrics
         # Identity unless context parallel ranks share the tokens.
         local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
         local_target_BTC = local.pop("target_BTC")
@@ -225,15 +230,24 @@ class FluxTrainer:
         Every part is divided by the element count of the whole update, so sums over micro-batches and ranks are exact.
         """
         loss = torch.zeros((), device=self.device)
+        self.loss_parts.begin_update()
         for _ in range(self.accumulation):
             with region("data"), self.timer.waiting():
                 raw = next(batches)
             self.bad += raw.bad
+<<<<<<< HEAD
             update_elements = raw.draws.noise_BTC[0].numel() * raw.update_samples
             micro_loss = self.squared_errors(raw).sum() / update_elements
             with region("backward"):
                 micro_loss.backward()
+=======
+            sample_elements = raw.draws.noise_BTC[0].numel()
+            errors_B = self.squared_errors(raw)
+            micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
+            micro_loss.backward()
+>>>>>>> w-metrics
             loss += micro_loss.detach()
+            self.loss_parts.add(errors_B.detach() / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
         return loss
 
@@ -241,10 +255,17 @@ class FluxTrainer:
         """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
         self.optimizer.zero_grad()
         loss = self.forward_backward(batches)
+<<<<<<< HEAD
         with region("clip"):
             grad_norm = self.clip_gradients()
         with region("optimizer"):
             self.optimizer.step()
+=======
+        grad_norm = self.clip_gradients()
+        before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
+        self.optimizer.step()
+        self.update_ratios = update_ratios(self.watched, before) if before else {}
+>>>>>>> w-metrics
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
@@ -256,7 +277,8 @@ class FluxTrainer:
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to training.max_norm; their norm before that."""
-        return clip_grad_norm_(self.model.parameters(), self.config.training.max_norm)
+        norm, self.grad_norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
+        return norm
 
     def train(self, after_step: Callable[[], object] = lambda: None) -> None:
         """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve."""
@@ -276,9 +298,9 @@ class FluxTrainer:
             loss, grad_norm = self.train_step(batches)
             steps.advance()
             self.checkpointer.poll()
-            if is_logged := self.step == 1 or training.is_due(self.config.metrics.log_freq, self.step):
+            if is_logged := self._is_logged(self.step):
                 self._note_bad_samples()
-                steps.report(self.step, self._log_step(self.layout.sum(loss).item(), grad_norm.item(), float(lr)))
+                steps.report(self.step, self._log_step(loss, grad_norm, float(lr)))
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
@@ -294,6 +316,9 @@ class FluxTrainer:
     def _after_change(self) -> None:
         """Computes anew what follows from the weights."""
         after_update(self.model, self.config.model.converters, self.config.quantize)
+
+    def _is_logged(self, step: int) -> bool:
+        return step == 1 or self.config.training.is_due(self.config.metrics.log_freq, step)
 
     def _must_save(self, is_logged: bool, is_last: bool) -> bool:
         """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
@@ -315,20 +340,39 @@ class FluxTrainer:
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
 
+<<<<<<< HEAD
     def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
+=======
+    def _export(self, path: Path, tensors: Mapping[str, Tensor], pipeline: Path | None = None) -> None:
+        """Saves one file of whole tensors, and a diffusers folder if one is named; on rank 0, the others help."""
+        whole = lazy_all(gather_state_dict(tensors, keep=self.layout.rank == 0))
+        if self.layout.rank == 0:
+            weights = cast_all(whole, DTYPES[self.config.checkpoint.export_dtype])
+            write_safetensors(path, weights, None, {"flavor": self.spec.name, "step": str(self.step)})
+            if pipeline:
+                export_pipeline(pipeline, self.spec, self.config, weights)
+
+    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
+        memory = torch.tensor([peak_memory_gib(self.device.type)], dtype=torch.float64, device=self.device)
+        ranks = self.layout.gather(torch.cat([self.loss_parts.read(loss), memory])).cpu()  # [dp, cp, tp, figures]
+        speed = self.timer.read()
+>>>>>>> w-metrics
         values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            **self.loss_parts.summarize(ranks[:, :, 0, :-1]),
+            "grad_norm": grad_norm.item(),
+            **{f"grad_norm/{name}": norm.item() for name, norm in self.grad_norms.items()},
+            **{f"update_ratio/{name}": ratio.item() for name, ratio in self.update_ratios.items()},
             "lr": lr,
             "samples_seen": self.cursor,
-            **self.timer.read(),
-            "memory_gib": peak_memory_gib(self.device.type),
+            **speed,
+            **self.peaks.shares(speed["tflops"]),
+            "memory_gib": ranks[..., -1].max().item(),
         }
         if self.metrics:
             self.metrics.log(self.step, values)
-        if not math.isfinite(loss):
+        if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"step {self.step}: the loss is {loss}: lower optimizer.lr={self.config.optimizer.lr:g} or"
+                f"step {self.step}: the loss is {values['loss']}: lower optimizer.lr={self.config.optimizer.lr:g} or"
                 f" training.max_norm={self.config.training.max_norm:g}, or warm up for longer"
             )
         return values

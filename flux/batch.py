@@ -59,6 +59,7 @@ class RawBatch:
     position_B: Tensor  # int64, place in the endless global order
     draws: Draws
     update_samples: int  # that count, in the whole update that this is a part of
+    uncaptioned_B: Tensor  # bool, T5 reads the empty prompt by prompt dropout
     counts_B: Tensor | None = None  # fp32, 0 for samples that only fill up the batch; None: all count
     moments_BCHW: Tensor | None = None  # mean and log-variance
     t5_BLE: Tensor | None = None

@@ -47,9 +47,9 @@ def make_model_inputs(
     txt_ids_LA = text_ids(spec.positions, text.txt_BLE.shape[1], *grid)
     return {
         "img_BTC": x_BTC.to(dtype),
-        "img_ids_BTA": img_ids_TA.to(device).expand(batch, -1, -1),
+        "img_ids_BTA": img_ids_TA.to(device, non_blocking=True).expand(batch, -1, -1),
         "txt_BLE": text.txt_BLE.to(dtype),
-        "txt_ids_BLA": txt_ids_LA.to(device).expand(batch, -1, -1),
+        "txt_ids_BLA": txt_ids_LA.to(device, non_blocking=True).expand(batch, -1, -1),
         "t_B": t_B,
         "pooled_BV": None if text.pooled_BV is None else text.pooled_BV.to(dtype),
         "guidance_B": torch.full_like(t_B, guidance) if spec.transformer.guidance_embed else None,

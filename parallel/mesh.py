@@ -55,6 +55,14 @@ class Layout:
                 dist.all_reduce(value, group=self.samples[name].get_group())
         return value
 
+    def gather(self, value: Tensor) -> Tensor:
+        """What each rank has, on all of them: [dp, cp, tp, ...]. One collective."""
+        degrees, parts = self.degrees, value[None]
+        if degrees.world > 1:
+            parts = value.new_empty(degrees.world, *value.shape)
+            dist.all_gather_into_tensor(parts.flatten(), value.flatten())
+        return parts.unflatten(0, (degrees.dp, degrees.cp, degrees.tp))
+
     def gather_samples(self, value: Tensor) -> Tensor:
         """Concatenation along dim 0 of what the groups of samples hold, in the order of their ranks."""
         if self.degrees.dp == 1:

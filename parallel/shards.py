@@ -66,7 +66,7 @@ def local_views(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
             first = min(index * part, piece)
             held = min(part, piece - first)
             segments[dim] = [(start + number * piece + first, held) for number in range(_pieces(placement))]
-    views: list[tuple[tuple[int, ...], Tensor]] = [((), _plain(tensor.to_local().detach()))]
+    views: list[tuple[tuple[int, ...], Tensor]] = [((), local_part(tensor))]
     for dim, parts in enumerate(segments):
         views = [
             ((*offsets, start), view.narrow(dim, place * length, length))
@@ -91,9 +91,10 @@ def is_saver(tensor: Tensor, name: str) -> bool:
     return zlib.crc32(name.encode()) % copies == copy
 
 
-def _plain(local: Tensor) -> Tensor:
-    """A weight that float8 gathers in 8 bits is wrapped by torchao; the values are inside."""
-    return getattr(local, "_tensor", local)
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, as a plain one that shares its memory."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return getattr(local, "_tensor", local)  # a weight that float8 gathers in 8 bits is wrapped by torchao
 
 
 def local_bytes(tensor: Tensor) -> int:

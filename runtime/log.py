@@ -80,7 +80,9 @@ class StepLog:
             self._bar.update()
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the figures of a logged step: loss, grad_norm, lr, samples_per_s, data_wait_percent, memory_gib."""
+        """Shows of the figures of a logged step: loss, grad_norm, lr, samples_per_s, mfu_percent where it is known,
+        data_wait_percent, memory_gib.
+        """
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(values))
         else:
@@ -94,8 +96,9 @@ class StepLog:
 
 def _figures(values: Mapping[str, float]) -> str:
     rate = values["samples_per_s"]
+    mfu = f"mfu {values['mfu_percent']:4.1f} %  " if "mfu_percent" in values else ""
     return (
         f"loss {values['loss']:6.4f}  grad {values['grad_norm']:5.2f}  lr {values['lr']:.1e}  "
-        f"{rate:6.{0 if rate >= 100 else 1}f} samples/s  data {values['data_wait_percent']:4.1f} %  "
+        f"{rate:6.{0 if rate >= 100 else 1}f} samples/s  {mfu}data {values['data_wait_percent']:4.1f} %  "
         f"mem {values['memory_gib']:.1f} GiB"
     )

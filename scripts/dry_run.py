@@ -27,7 +27,7 @@ from flux.plans import make_plan
 from flux.spec import PIXELS_PER_TOKEN, SPECS
 from parallel.collectives import CollectiveCounter
 from parallel.context_parallel import shard_sequence
-from parallel.gradients import clip_grad_norm_, group_by_mesh
+from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.names import find_modules
 from parallel.shards import local_bytes
@@ -75,7 +75,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
                 target_BTC = inputs.pop("target_BTC")
                 assert target_BTC is not None
                 squared_errors(model(**inputs), target_BTC).sum().backward()
-                clip_grad_norm_(model.parameters(), config.training.max_norm)
+                clip_grad_norm_(group_by_module(model), config.training.max_norm)
             optimizer.step()
             parameters = list(model.parameters())
             states = (value for state in optimizer.state.values() for value in state.values() if value.dim())

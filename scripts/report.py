@@ -31,7 +31,7 @@ from training.plots import read_metrics, running_mean, series
 COLORS = [colormaps["tab10"](number)[:3] for number in range(10)]
 GRID_SIDE = 768  # pixels; larger pictures are made smaller
 ERROR = "mean squared error of the velocity"
-AT_TIME = "validation_loss/t="  # begins the names of the loss at one time
+AT_TIME, VALIDATED_AT_TIME = "loss/t=", "validation_loss/t="  # begin the names of the losses around one time
 MOST_GRIDS = 12  # of a run; of more, so many spread over all of it
 
 
@@ -46,14 +46,30 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("Training loss", ERROR, ("loss",), smooth=True),
+    Chart("Training loss (dashed: of the rank with the largest)", ERROR, ("loss", "loss_max"), smooth=True),
     Chart("Validation loss (dashed: of the average)", ERROR, ("validation_loss", "validation_loss_ema")),
+    Chart("Training loss with a caption (dashed: without)", ERROR, ("loss/captioned", "loss/uncaptioned"), smooth=True),
     Chart("Gradient norm, before clipping", "", ("grad_norm",), smooth=True, log_scale=True),
+    Chart(
+        "Gradient norm of double blocks (dashed: of single blocks)",
+        "",
+        ("grad_norm/double_blocks", "grad_norm/single_blocks"),
+        smooth=True,
+        log_scale=True,
+    ),
+    Chart(
+        "Update over weight of a double block (dashed: of a single block)",
+        "ratio of norms",
+        ("update_ratio/double_blocks", "update_ratio/single_blocks"),
+        smooth=True,
+        log_scale=True,
+    ),
     Chart("Learning rate", "", ("lr",)),
     Chart("Throughput", "samples per second", ("samples_per_s",), smooth=True),
     Chart("Compute", "TFLOP/s of all processes", ("tflops",), smooth=True),
-    Chart("Wait for data", "% of the time", ("data_wait_percent",), smooth=True),
-    Chart("Peak memory of rank 0", "GiB", ("memory_gib",)),
+    Chart("Share of measured peak (dashed: of datasheet)", "%", ("matmul_percent", "mfu_percent"), smooth=True),
+    Chart("Wait for data (dashed: encoders)", "% of the time", ("data_wait_percent", "encode_percent"), smooth=True),
+    Chart("Peak memory, largest of all ranks", "GiB", ("memory_gib",)),
 )
 
 
@@ -147,16 +163,21 @@ def draw_chart(chart: Chart, runs: Sequence[Run]) -> str | None:
     return _finish(figure, "samples seen", chart.unit)
 
 
-def draw_loss_by_time(runs: Sequence[Run]) -> str | None:
-    """The last validation of each run, as SVG; None where none is known by time."""
+def draw_loss_by_time(runs: Sequence[Run], prefix: str, smooth: bool) -> str | None:
+    """The last loss of each run by time, as SVG; None where none is known.
+
+    Args:
+        prefix: of the names in the metrics; the time follows.
+        smooth: the running mean's end, for what few samples were measured for each line.
+    """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
-        curves = [
-            {float(name.removeprefix(AT_TIME)): float(line[name]) for name in line if name.startswith(AT_TIME)}
-            for line in run.lines
-        ]
-        last = next((curve for curve in reversed(curves) if curve), {})
+        names = {name for line in run.lines for name in line if name.startswith(prefix)}
+        last = {}
+        for name in names:
+            losses = series(run.lines, name)[1]
+            last[float(name.removeprefix(prefix))] = (running_mean(losses) if smooth else losses)[-1]
         if last:
             times = sorted(last)
             color = COLORS[number % len(COLORS)]
@@ -202,7 +223,10 @@ def write_report(runs: Sequence[Run]) -> str:
     }
     parts = [_table(names, rows, swatches=True)]
     charts = [(chart.title, draw_chart(chart, runs)) for chart in CHARTS]
-    charts.insert(2, ("Validation loss by time, at last", draw_loss_by_time(runs)))
+    charts[2:2] = [
+        ("Training loss by time, at last", draw_loss_by_time(runs, AT_TIME, smooth=True)),
+        ("Validation loss by time, at last", draw_loss_by_time(runs, VALIDATED_AT_TIME, smooth=False)),
+    ]
     parts.append('<div class="charts">')
     parts += [f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in charts if svg]
     parts.append("</div>")

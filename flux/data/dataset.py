@@ -83,6 +83,7 @@ class Item(NamedTuple):
     t5_mask_L: Tensor | None
     pooled_V: Tensor | None
     caption: str
+    uncaptioned: bool
     t: Tensor
     noise_TC: Tensor
     posterior_noise_TC: Tensor | None
@@ -148,7 +149,8 @@ class PositionedDataset(Dataset):
         crop = self._generator("crop", slot.position) if self._training and opened.random_crop else None
         caption = self._choose_caption(sample.captions, slot.position)
         tokens = self._tokenize(caption)
-        for part in self._dropped(tokens.keys(), slot.position):
+        dropped = self._dropped(tokens.keys(), slot.position)
+        for part in dropped:
             tokens[part] = self._tokenize("")[part]
         return self._with_draws(
             slot,
@@ -157,6 +159,7 @@ class PositionedDataset(Dataset):
             pixels_CHW=fit_and_crop(image, place.size, crop),
             tokens={part: ids[0] for part, ids in tokens.items()},
             caption=caption,
+            uncaptioned="t5" in dropped,
         )
 
     def _stored_item(
@@ -171,7 +174,8 @@ class PositionedDataset(Dataset):
         tokens: dict[str, Tensor] = {}
         for part in live:
             tokens[part] = self._tokenize(sample.caption)[part][0]
-        for part in self._dropped(stored.keys(), slot.position):
+        dropped = self._dropped(stored.keys(), slot.position)
+        for part in dropped:
             if part in live:
                 tokens[part] = self._tokenize("")[part][0]
             else:
@@ -191,6 +195,7 @@ class PositionedDataset(Dataset):
             t5_mask_L=mask_L,
             pooled_V=stored["clip"],
             caption=sample.caption,
+            uncaptioned="t5" in dropped,
         )
         if isinstance(self.draws, ValidationDraws) and sample.time_step is not None and not self.draws.all_timesteps:
             item = item._replace(t=self._validation_time(sample.time_step))
@@ -203,6 +208,7 @@ class PositionedDataset(Dataset):
         bad: list[BadRecord],
         tokens: dict[str, Tensor],
         caption: str,
+        uncaptioned: bool,
         **made: Tensor | None,
     ) -> Item:
         width, height = place.size
@@ -213,6 +219,7 @@ class PositionedDataset(Dataset):
             slot=slot,
             tokens=tokens,
             caption=caption,
+            uncaptioned=uncaptioned,
             t=self._time(position, grid),
             noise_TC=draw_noise(self._generator("noise", position), self.spec.codec, grid),
             posterior_noise_TC=(
@@ -285,6 +292,7 @@ def collate(items: list[Item | DataError]) -> RawBatch | DataError:
         t5_mask_BL=stack("t5_mask_L"),
         pooled_BV=stack("pooled_V"),
         captions=[item.caption for item in good],
+        uncaptioned_B=torch.tensor([item.uncaptioned for item in good]),
         position_B=torch.tensor([item.slot.position for item in good]),
         counts_B=None if all(counts) else torch.tensor(counts, dtype=torch.float32),
         update_samples=good[0].slot.update_samples,

@@ -101,3 +101,36 @@ def test_control_another_learning_rate_is_another_curve(fp32_curve, tmp_path):
     options = ("--training.mixed_precision_param=float32", "--optimizer.lr=2e-5")
     curve = smooth(run_ranks(train_curve, 1, str(tmp_path), options, None, timeout=600, device="cuda")[0])
     assert np.abs(curve / fp32_curve - 1).max() > CURVE_TOLERANCE
+
+
+def train_unwatched(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -> tuple[dict, str]:
+    """Trains while CUDA refuses to let the host wait. Returns the figures after that, and what was said to one read."""
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*DEBUG, BF16, "--metrics.log_freq=1000", *overrides], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    loader = iter(trainer.loader)
+    batches = iter([next(loader) for _ in range(6 * trainer.accumulation)])
+    for _ in range(3):  # allocates, and chooses kernels
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(3):
+        loss, norm = trainer.train_step(batches)
+    try:
+        norm.item()
+        said = ""
+    except RuntimeError as error:
+        said = str(error)
+    torch.cuda.set_sync_debug_mode("default")
+    return trainer._log_step(loss, norm, lr=0.0), said
+
+
+@pytest.mark.parametrize(
+    "options", [(), (BATCH(4), "--training.global_batch_size=8")], ids=["one batch", "accumulated"]
+)
+def test_no_step_waits_for_the_gpu_to_tell_a_figure(tmp_path, options):
+    figures, said = run_ranks(train_unwatched, 1, str(tmp_path), options, timeout=600, device="cuda")[0]
+    assert "synchronizing" in said, "CUDA sees it when the host waits"
+    assert 0 < figures["encode_percent"] < 100 and 0 < figures["matmul_percent"] < 100
+    assert sum(value**2 for name, value in figures.items() if name.startswith("grad_norm/")) > 0
+    assert figures["loss_max"] == pytest.approx(figures["loss"], rel=LOSS_TOLERANCE)

@@ -1,4 +1,4 @@
-"""What a run starts from and what it leaves, as far as it can be told without one."""
+"""What a run starts from, runs on and leaves, as far as it can be told without one."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from build import export_weights, find_start
+import build
+from build import build_run_layout, export_weights, find_start, measure_peaks
 from config.parse import load_config
 from flux.identify import expected_shapes
 from flux.spec import SPECS
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
+from tests.distributed.ranks import run_ranks
+from training.peaks import Peaks
 
+TWO_RANKS = ["--job.config_file=train_configs/flux_tiny.toml", "--parallelism.tensor_parallel_degree=2"]
 SEED = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
 
 
@@ -26,6 +30,15 @@ def checkpointer_that_finds(flavor: str, **train_state: Any) -> Any:
 
 def config_of(*arguments: str):
     return load_config(["--job.config_file=train_configs/flux_tiny.toml", *arguments], quiet=True)
+
+
+def measure_on(rank: int, world_size: int) -> Peaks:
+    build.measure_matmul = lambda device, dtype: rank + 1.5  # in a process of its own
+    return measure_peaks(build_run_layout(load_config(TWO_RANKS, world_size, quiet=True), world_size), torch.float32)
+
+
+def test_what_all_processes_can_compute_is_added_up():
+    assert run_ranks(measure_on, 2) == [Peaks(matmul=4.0, datasheet=None)] * 2
 
 
 def test_a_seed_is_not_made_of_a_run_that_goes_on():

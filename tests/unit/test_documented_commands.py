@@ -13,7 +13,7 @@ import pytest
 from config.parse import ConfigError, parse
 
 ROOT = Path(__file__).parents[2]
-PAGES = [f"docs/{name}.md" for name in ("parallelism", "checkpoints", "data", "convergence", "profiling")]
+PAGES = [f"docs/{name}.md" for name in ("parallelism", "checkpoints", "data", "metrics", "convergence", "profiling")]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"[A-Z_]+=\S*$")

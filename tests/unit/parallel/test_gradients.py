@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from parallel.gradients import clip_grad_norm_, group_by_mesh
+from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
 from parallel.shards import copy_full_, full_tensor
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, Layers, build_layers, make_full, world_size
@@ -30,10 +30,14 @@ def with_gradients(layers: nn.Module, gradients: dict[str, torch.Tensor]) -> lis
     return list(layers.parameters())
 
 
-def norm_of(gradients: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(
-        sum(value.double().square().sum().item() for name, value in gradients.items() if name != "rows.bias")
-    )
+def norm_of(gradients: dict[str, torch.Tensor], module: str = "") -> float:
+    """Of the gradients of one module, or of all."""
+    counted = [value for name, value in gradients.items() if name != "rows.bias" and name.startswith(module)]
+    return math.sqrt(sum(value.double().square().sum().item() for value in counted))
+
+
+def all_of(*parameters: nn.Parameter) -> dict[str, list[nn.Parameter]]:
+    return {"all": list(parameters)}
 
 
 def clip_spread(rank: int, world: int, layout: str) -> dict:
@@ -45,7 +49,7 @@ def clip_spread(rank: int, world: int, layout: str) -> dict:
                        for p in parameters if p.grad is not None)  # fmt: skip
     dist.all_reduce(local_square)
     with CommDebugMode() as communication:
-        measured = clip_grad_norm_(iter(parameters), max_norm=norm / 4)
+        measured, by_module = clip_grad_norm_(group_by_module(layers), max_norm=norm / 4)
     off = [
         (full_tensor(p.grad) - gradients[name] / 4).abs().max().item()
         for name, p in layers.named_parameters()
@@ -55,6 +59,8 @@ def clip_spread(rank: int, world: int, layout: str) -> dict:
         "type": type(measured),
         "norm": measured.item(),
         "expected": norm,
+        "by_module": {name: value.item() for name, value in by_module.items()},
+        "expected_by_module": {name: norm_of(gradients, f"{name}.") for name, _ in layers.named_children()},
         "every_copy_counted": local_square.sqrt().item(),
         "collectives": communication.get_total_counts(),
         "off": max(off),
@@ -69,6 +75,9 @@ def test_every_element_counts_once_however_it_is_spread(layout):
         assert result["type"] is torch.Tensor
         assert result["norm"] == results[0]["norm"]
         assert result["norm"] == pytest.approx(result["expected"], rel=NORM_TOLERANCE)
+        assert result["by_module"] == results[0]["by_module"]
+        assert result["by_module"] == pytest.approx(result["expected_by_module"], rel=NORM_TOLERANCE)
+        assert math.hypot(*result["by_module"].values()) == pytest.approx(result["norm"], rel=NORM_TOLERANCE)
         assert result["off"] < NORM_TOLERANCE
         assert result["collectives"] <= len(splitting)
         # The same comparison sees gradients that are counted once for each rank that holds them.
@@ -81,7 +90,7 @@ def test_plain_gradients_are_clipped_as_torch_does(max_norm):
     layers = Layers()
     gradients = make_full(layers, seed=1)
     ours, theirs = with_gradients(layers, gradients), with_gradients(copy.deepcopy(layers), gradients)
-    norm, expected = clip_grad_norm_(ours, max_norm), nn.utils.clip_grad_norm_(theirs, max_norm)
+    norm, expected = clip_grad_norm_(all_of(*ours), max_norm)[0], nn.utils.clip_grad_norm_(theirs, max_norm)
     torch.testing.assert_close(norm, expected, rtol=NORM_TOLERANCE, atol=0)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=NORM_TOLERANCE, atol=0)
@@ -89,13 +98,14 @@ def test_plain_gradients_are_clipped_as_torch_does(max_norm):
 
 
 def test_no_gradients_have_the_norm_zero():
-    assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    assert clip_grad_norm_(all_of(nn.Parameter(torch.ones(2))), 1.0) == (0, {})
 
 
 def test_a_number_that_is_none_makes_the_norm_so():
-    parameter = nn.Parameter(torch.ones(2))
-    parameter.grad = torch.tensor([1.0, torch.nan])
-    assert clip_grad_norm_([parameter], 1.0).isnan()
+    parameter, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    parameter.grad, other.grad = torch.tensor([1.0, torch.nan]), torch.tensor([3.0, 4.0])
+    norm, by_module = clip_grad_norm_({"a": [parameter], "b": [other]}, 1.0)
+    assert norm.isnan() and by_module["a"].isnan() and by_module["b"] == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +114,7 @@ def test_the_norm_of_many_numbers_is_exact(dtype):
     parameter.grad = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = parameter.grad.double().norm().item()
     summed_at_once = torch.linalg.vector_norm(parameter.grad).item()
-    assert clip_grad_norm_([parameter], 1e9).item() == pytest.approx(expected, rel=NORM_TOLERANCE)
+    assert clip_grad_norm_(all_of(parameter), 1e9)[0].item() == pytest.approx(expected, rel=NORM_TOLERANCE)
     assert summed_at_once != pytest.approx(expected, rel=NORM_TOLERANCE)
 
 
@@ -112,7 +122,7 @@ def test_gradients_of_two_dtypes_are_clipped_together():
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
-    assert clip_grad_norm_(parameters, 1.0).item() == pytest.approx(28**0.5)
+    assert clip_grad_norm_(all_of(*parameters), 1.0)[0].item() == pytest.approx(28**0.5)
     assert parameters[1].grad.dtype is torch.bfloat16
     assert parameters[1].grad[0].item() == pytest.approx(2 / 28**0.5, rel=2**-8)  # as exact as bf16 is
 
@@ -163,6 +173,13 @@ def test_groups_are_those_of_one_mesh_in_the_order_of_the_model():
     assert run_ranks(group_spread, 2, "tp_2") == [[rest, weights]] * 2
     assert run_ranks(group_spread, 3, "fsdp_3") == [[order]] * 3
     assert run_ranks(group_spread, 4, "fsdp_2_tp_2") == [[weights, rest]] * 4
+
+
+def test_groups_of_modules_hold_every_parameter_once():
+    layers = Layers()
+    groups = group_by_module(layers)
+    assert list(groups) == [name for name, _ in layers.named_children()]
+    assert [id(one) for group in groups.values() for one in group] == [id(one) for one in layers.parameters()]
 
 
 def test_plain_parameters_are_one_group():

@@ -15,6 +15,7 @@ def talk(rank: int, world_size: int) -> dict:
         "dp_rank": layout.dp_rank,
         "sum": layout.sum(torch.tensor(float(10**rank))).item(),
         "gathered": layout.gather_samples(torch.full((2,), float(layout.dp_rank))).tolist(),
+        "all": layout.gather(torch.tensor([rank, 10 * rank])).tolist(),
         "shared": layout.from_rank_0("word", lambda: f"of rank {rank}"),
         "axes": (layout.axis("tp"), layout.axis("cp").size()),
         "described": layout.describe(),
@@ -43,6 +44,7 @@ def test_four_ranks():
     assert [told["dp_rank"] for told in ranks] == [0, 0, 1, 1]
     for told in ranks:
         assert told["sum"] == 1111 and told["gathered"] == [0, 0, 1, 1]
+        assert told["all"] == [[[[0, 0]], [[1, 10]]], [[[2, 20]], [[3, 30]]]]  # dp, cp, tp
         assert told["shared"] == "of rank 0" and told["axes"] == (None, 2)
         assert told["described"] == "4 ranks = dp_shard 2 x cp 2, gloo on cpu"
         assert told["agreed"] == [False, True]  # as rank 0 sees it
@@ -65,6 +67,7 @@ def test_tensor_parallel_ranks_hold_the_same_loss():
 def test_one_process_needs_nobody():
     layout = build_layout(Degrees(), Comm(), needs_groups=False)
     assert layout.weights is None and not torch.distributed.is_initialized()
+    assert layout.gather(torch.tensor([5, 6])).tolist() == [[[[5, 6]]]]
     assert layout.sum(torch.tensor(2.0)).item() == 2 and layout.gather_samples(torch.ones(1)).tolist() == [1]
     assert layout.from_rank_0("word", lambda: "mine") == "mine" and layout.is_first_to_fail()
     assert layout.describe() == "1 process on cpu"

@@ -56,6 +56,13 @@ def test_step_lines_have_one_width(capsys):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_the_share_of_the_peak_is_shown_where_it_is_known(capsys):
+    setup_logging(rank=0)
+    steps = StepLog(600)
+    steps.report(120, VALUES | {"mfu_percent": 41.25, "matmul_percent": 53.0})
+    assert "212 samples/s  mfu 41.2 %  data  0.3 %" in capsys.readouterr().err
+
+
 def speak():
     for name in ("flux.model", "a_library"):
         logging.getLogger(name).info("%s tells", name)

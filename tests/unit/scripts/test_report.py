@@ -27,7 +27,10 @@ def make_run(folder: Path, *options: str, steps: int = 40, update: int = 8, grid
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             line = {"step": step, "loss": 2 / step, "grad_norm": 1 / step, "lr": 1e-3, "samples_seen": step * update}
-            file.write(json.dumps(line | {"samples_per_s": 50 + step, "memory_gib": 0.5}) + "\n")
+            parts = {"loss_max": 2.2 / step, "loss/t=0.0625": 3 / step} | ({"loss/t=0.9375": 5.0} if step == 3 else {})
+            ratios = {"update_ratio/double_blocks": 1e-3, "update_ratio/single_blocks": 1e-4 * step}
+            line |= parts | ratios | {"samples_per_s": 50 + step, "memory_gib": 0.5}
+            file.write(json.dumps(line) + "\n")
             if step % 10 == 0:
                 by_time = {f"validation_loss/t={time}": 1 / step + time for time in (0.0625, 0.5625)}
                 average = {"validation_loss_ema": 0.9 / step}
@@ -60,7 +63,7 @@ def test_a_page_has_curves_pictures_and_differences(tmp_path, capsys):
     main([*map(str, runs), "--out", str(tmp_path / "deep" / "report.html")])
     assert "report.html: " in capsys.readouterr().out
     page = Page((tmp_path / "deep" / "report.html").read_text())
-    assert page.tags.count("svg") == 7  # of nine: compute and waiting were not logged
+    assert page.tags.count("svg") == 9  # of those of figures that were logged
     assert page.tags.count("img") == 4 and "script" not in page.tags
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     for told in ("step 40 of 1,000, 320 samples", "step 40 of 7", "0.0250 (least: 0.0250 at step 40)", "done (code 0)"):

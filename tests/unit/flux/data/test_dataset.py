@@ -250,6 +250,7 @@ def test_stored_features_need_no_tokenizer_and_lose_prompts_by_the_same_draws(to
         item, pictured = stored[slot], live[slot]
         for part, dropped in (("t5", not item.t5_LE.any()), ("clip", not item.pooled_V.any())):
             assert dropped == torch.equal(pictured.tokens[part], empty[part][0])
+        assert item.uncaptioned == pictured.uncaptioned == (not item.t5_LE.any())
         assert item.t5_LE.shape == (7, 8)
         assert item.t5_mask_L.sum() == (2 if not item.t5_LE.any() else 5), "rows of padding are hidden"
         assert torch.equal(item.noise_TC, pictured.noise_TC) and item.tokens == {}

@@ -195,11 +195,13 @@ def test_batches_of_training_and_validation(folder):
     raw = collate([drop_all[slot] for slot in slots])
     assert torch.equal(raw.t5_BLE, torch.full((4, LENGTH, 128), 0.5, dtype=torch.bfloat16))
     assert torch.equal(raw.pooled_BV, torch.full((4, 128), 0.25, dtype=torch.bfloat16))
+    assert raw.uncaptioned_B.tolist() == [True] * 4
 
     held_out = PositionedDataset(sources, order, None, SPEC, ValidationDraws(seed=0, midpoints=False))
     raw = collate([held_out[slot] for slot in slots])
     assert raw.draws.t_B.tolist() == [6 / 8, 1 / 8, 4 / 8, 3 / 8]
     assert torch.equal(raw.t5_BLE[1], make_tensors(1)["t5_encodings"])
+    assert raw.uncaptioned_B.tolist() == [False] * 4
 
 
 # Wrong data sets
