@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -64,11 +64,7 @@ from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
-<<<<<<< HEAD
-=======
-from parallel.shards import gather_state_dict
 from parallel.updates import copy_parts, middle_blocks, update_ratios
->>>>>>> w-metrics
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
 from runtime.log import StepLog, log_stage, setup_logging
@@ -203,18 +199,11 @@ class FluxTrainer:
 
         Training and validation share these lines.
         """
-<<<<<<< HEAD
-        with region("encode"):
-            raw = raw.to(self.device)
+        raw = raw.to(self.device)
+        with region("encode"), self.timer.encoding():
             encoded = self.encoders.encode(raw)
         with region("inputs"):
             inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
-=======
-        raw = raw.to(self.device)
-        with self.timer.encoding():
-            encoded = self.encoders.encode(raw)
-        inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
->>>>>>> w-metrics
         # Identity unless context parallel ranks share the tokens.
         local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
         local_target_BTC = local.pop("target_BTC")
@@ -235,17 +224,11 @@ class FluxTrainer:
             with region("data"), self.timer.waiting():
                 raw = next(batches)
             self.bad += raw.bad
-<<<<<<< HEAD
-            update_elements = raw.draws.noise_BTC[0].numel() * raw.update_samples
-            micro_loss = self.squared_errors(raw).sum() / update_elements
-            with region("backward"):
-                micro_loss.backward()
-=======
             sample_elements = raw.draws.noise_BTC[0].numel()
             errors_B = self.squared_errors(raw)
             micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
-            micro_loss.backward()
->>>>>>> w-metrics
+            with region("backward"):
+                micro_loss.backward()
             loss += micro_loss.detach()
             self.loss_parts.add(errors_B.detach() / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
@@ -255,17 +238,12 @@ class FluxTrainer:
         """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
         self.optimizer.zero_grad()
         loss = self.forward_backward(batches)
-<<<<<<< HEAD
         with region("clip"):
             grad_norm = self.clip_gradients()
+        before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
         with region("optimizer"):
             self.optimizer.step()
-=======
-        grad_norm = self.clip_gradients()
-        before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
-        self.optimizer.step()
         self.update_ratios = update_ratios(self.watched, before) if before else {}
->>>>>>> w-metrics
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
@@ -340,23 +318,10 @@ class FluxTrainer:
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
 
-<<<<<<< HEAD
-    def _log_step(self, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
-=======
-    def _export(self, path: Path, tensors: Mapping[str, Tensor], pipeline: Path | None = None) -> None:
-        """Saves one file of whole tensors, and a diffusers folder if one is named; on rank 0, the others help."""
-        whole = lazy_all(gather_state_dict(tensors, keep=self.layout.rank == 0))
-        if self.layout.rank == 0:
-            weights = cast_all(whole, DTYPES[self.config.checkpoint.export_dtype])
-            write_safetensors(path, weights, None, {"flavor": self.spec.name, "step": str(self.step)})
-            if pipeline:
-                export_pipeline(pipeline, self.spec, self.config, weights)
-
     def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
         memory = torch.tensor([peak_memory_gib(self.device.type)], dtype=torch.float64, device=self.device)
         ranks = self.layout.gather(torch.cat([self.loss_parts.read(loss), memory])).cpu()  # [dp, cp, tp, figures]
         speed = self.timer.read()
->>>>>>> w-metrics
         values = {
             **self.loss_parts.summarize(ranks[:, :, 0, :-1]),
             "grad_norm": grad_norm.item(),
