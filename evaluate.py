@@ -124,7 +124,7 @@ class Evaluator:
         errors, times = layout.sum(found).cpu()
         if replaced := layout.sum(bad).item():
             log.warning("validation: others stand for %d bad samples", replaced / layout.degrees.cp)
-        visits = TIME_STEPS if self.config.validation.all_times else 1
+        visits = TIME_STEPS if self.config.validation.all_timesteps else 1
         figures = summarize_errors(errors / raw.draws.noise_BTC[0].numel(), times / layout.degrees.cp, visits)
         log.info("step %d: validation loss%s %s", step, " of the average" if of else "", describe_loss(figures))
         if self.metrics:

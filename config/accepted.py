@@ -21,7 +21,6 @@ NO_EFFECT_YET: dict[str, Any] = {
     "comm.trace_buf_size": int,
     "comm.save_traces_folder": str,
     "comm.save_traces_file_prefix": str,
-    "validation.all_timesteps": bool,
 }
 
 # Language models, pipeline and expert parallelism, and torchtitan's own machinery: nothing here will read these. (Its

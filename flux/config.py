@@ -233,7 +233,7 @@ class Validation:
         Literal["midpoints", "eighths"],
         "times of the samples in turn: (k + 0.5) / 8 as torchtitan takes them, or k / 8 as MLPerf does, k = 0..7",
     ] = "midpoints"
-    all_times: Annotated[bool, "measure every sample at all eight times, instead of each at one in turn"] = False
+    all_timesteps: Annotated[bool, "measure every sample at all eight times, instead of each at one in turn"] = False
     target_loss: Annotated[
         float | None, "the run ends with success when the validation loss is no higher", "(0, inf)"
     ] = None

@@ -1,7 +1,7 @@
 """The validation loss of weights that are there: of a run, a checkpoint, a safetensors file or a diffusers folder.
 
     python -m scripts.validate --checkpoint outputs/tiny                                 # as the run validates
-    python -m scripts.validate --checkpoint outputs/tiny --ema --validation.all_times
+    python -m scripts.validate --checkpoint outputs/tiny --ema --validation.all_timesteps
     torchrun --nproc_per_node=8 -m scripts.validate --checkpoint flux.safetensors --job.config_file FILE
 
 The samples, their noise and times are those of [validation] in the run's own configuration, or in the one that is

@@ -156,12 +156,12 @@ def build_validation_loader(run: RunData, tokenizer: FluxTokenizer | None, deal:
     size = (run.training.img_size, run.training.img_size)
     _check_one_shape(run.held_out, size, "training.img_size")
     lengths = [len(opened.source) for opened in run.held_out]
-    visits = TIME_STEPS if validation.all_times else 1
+    visits = TIME_STEPS if validation.all_timesteps else 1
     end = max(visits * sum(lengths), TIME_STEPS)  # a few pictures are shown at every time rather than each at one
     if validation.steps != -1:
         end = min(end, validation.steps * validation.local_batch_size)
     midpoints = validation.times == "midpoints"
-    draws = ValidationDraws(deal.seed, encoder.sample_posterior, midpoints, validation.all_times)
+    draws = ValidationDraws(deal.seed, encoder.sample_posterior, midpoints, validation.all_timesteps)
     order = PlainOrder(lengths, size, deal.seed, visits)
     dataset = PositionedDataset(run.held_out, order, tokenizer, run.spec, draws, _text_length(encoder))
     batches = PositionBatches(validation.local_batch_size * deal.groups, 1, deal.group, deal.groups, end=end)

@@ -48,7 +48,7 @@ class ValidationDraws:
     seed: int
     sample_posterior: bool = True
     midpoints: bool = True  # times (k + 0.5) / 8 for k = 0..7, as torchtitan does; False: k / 8, as MLPerf does
-    all_times: bool = False  # the times go round whatever a data set prescribes
+    all_timesteps: bool = False  # the times go round whatever a data set prescribes
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class PositionedDataset(Dataset):
             pooled_V=stored["clip"],
             caption=sample.caption,
         )
-        if isinstance(self.draws, ValidationDraws) and sample.time_step is not None and not self.draws.all_times:
+        if isinstance(self.draws, ValidationDraws) and sample.time_step is not None and not self.draws.all_timesteps:
             item = item._replace(t=self._validation_time(sample.time_step))
         return item
 

@@ -60,7 +60,7 @@ def test_every_format_and_batch_size(run, tmp_path):
         assert found["validation_loss"] == pytest.approx(seen(run, "validation_loss")[step], rel=FP32)
     other = figures(tmp_path, "--checkpoint", str(run.folder), "--validation.times=eighths")
     assert other["validation_loss"] != pytest.approx(seen(run, "validation_loss")[4], rel=100 * FP32)
-    every = figures(tmp_path, "--checkpoint", str(run.folder), "--validation.all_times")
+    every = figures(tmp_path, "--checkpoint", str(run.folder), "--validation.all_timesteps")
     assert len([name for name in every if "/t=" in name]) == 8
 
 

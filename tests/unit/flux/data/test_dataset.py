@@ -275,7 +275,7 @@ def test_validation_takes_the_times_that_the_data_set_prescribes(midpoints, t):
 
 def test_all_times_of_every_sample_whatever_the_data_set_prescribes():
     order = PlainOrder([LENGTH], (32, 32), 5, visits=8)
-    draws = ValidationDraws(5, midpoints=False, all_times=True)
+    draws = ValidationDraws(5, midpoints=False, all_timesteps=True)
     dataset = PositionedDataset([OpenSource(Stored(), RULES)], order, None, SPEC, draws)
     items = [dataset[Slot(position, True, 1)] for position in range(16)]
     assert [item.caption for item in items] == ["picture 0"] * 8 + ["picture 1"] * 8
