@@ -60,6 +60,11 @@ def find_data_doubts(config: JobConfig) -> Iterator[str]:
             f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
             "out: leave it out, and a part of the data is"
         )
+    if validation.clip_score_path is not None and not (validation.enable and validation.eval_freq):
+        yield (
+            f"validation.clip_score_path={show(validation.clip_score_path)} is not read, since no pictures are drawn: "
+            "set validation.enable and validation.eval_freq"
+        )
     if training.dataset == "parquet" and not config.data.shuffle_window:
         yield (
             "data.shuffle_window=0 shuffles all of the parquet files, and a whole row group is read for every sample: "

@@ -249,6 +249,12 @@ class Validation:
     prompts_path: Annotated[
         str | None, "text file with one prompt per line; not set: captions of the first held-out samples", "[1, inf)"
     ] = None
+    clip_score_path: Annotated[
+        str | None,
+        "CLIP model that scores the pictures by their prompts: a folder, or a name that scripts.download_assets "
+        "fetches; not set: no score",
+        "[1, inf)",
+    ] = None
     dataloader: DataLoader = field(default_factory=DataLoader)
 
     @property

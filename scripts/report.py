@@ -48,6 +48,7 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("Training loss", ERROR, ("loss",), smooth=True),
     Chart("Validation loss (dashed: of the average)", ERROR, ("validation_loss", "validation_loss_ema")),
+    Chart("CLIP score of the pictures (dashed: of the average)", "100 x cosine", ("clip_score", "clip_score_ema")),
     Chart("Gradient norm, before clipping", "", ("grad_norm",), smooth=True, log_scale=True),
     Chart("Learning rate", "", ("lr",)),
     Chart("Throughput", "samples per second", ("samples_per_s",), smooth=True),
