@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from config.job_config import JobConfig
 from flux.batch import RawBatch
 from flux.clip_score import ClipScorer, load_clip_scorer
-from flux.data.dataset import TIME_STEPS
+from flux.config import TIME_STEPS
 from flux.data.loader import Loader
 from flux.data.shape_score import can_score, describe_scores, score_pictures
 from flux.encoders import Encoders

@@ -14,6 +14,8 @@ MIXABLE_DATASETS = (
 )
 DATASETS = (*MIXABLE_DATASETS, "mixture")
 
+TIME_STEPS = 8  # validation samples take eight times in turn
+
 
 @dataclass(frozen=True)
 class Model:
