@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from config.job_config import JobConfig
 from flux.batch import RawBatch
-from flux.data.dataset import TIME_STEPS
+from flux.clip_score import ClipScorer, load_clip_scorer
+from flux.config import TIME_STEPS
 from flux.data.loader import Loader
 from flux.data.shape_score import can_score, describe_scores, score_pictures
 from flux.encoders import Encoders
@@ -66,6 +67,9 @@ class Evaluator:
             self.prompts = load_prompts(section.prompts_path, "validation.prompts_path")[: section.save_img_count]
         elif section.eval_freq:
             self.prompts = loader.captions(section.save_img_count)
+        self.clip_scorer: ClipScorer | None = None
+        if section.eval_freq and section.clip_score_path:  # looked at on every rank: a wrong one ends all of them
+            self.clip_scorer = load_clip_scorer(section.clip_score_path, layout.device if metrics else "meta")
 
     def evaluate(self, step: int, samples: int) -> bool:
         """Validates and draws where that is due after `step` updates of `samples` samples in all, with the weights and
@@ -163,9 +167,13 @@ class Evaluator:
         images = make_images(pixels_BCHW.cpu())
         save_grid(images, path)
         self.metrics.log_image(step, f"samples{of}", path)
-        told = str(path)
+        told, scores = str(path), dict[str, float]()
         if can_score(self.prompts):
             scores = score_pictures(images, self.prompts)
-            self.metrics.log(step, {f"{name}{of}": score for name, score in scores.items()})
             told += f" has right {describe_scores(scores)}"
+        if self.clip_scorer:
+            scores["clip_score"] = self.clip_scorer.score(images, self.prompts, validation.local_batch_size)
+            told += f", CLIP score {scores['clip_score']:.2f}"
+        if scores:
+            self.metrics.log(step, {f"{name}{of}": score for name, score in scores.items()})
         log.info("step %d: %s", step, told)

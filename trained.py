@@ -92,28 +92,30 @@ def open_trained(path: Path, part: str = "model") -> Opened:
 
 
 def _open_run(folder: Path, part: str) -> Opened:
-    """The newest that a run has left: its newest whole checkpoint, or its export unless that is older."""
+    """The newest that a run has left and that can be read: a checkpoint, or its export unless that is older."""
     config = load_config([f"--job.config_file={folder / CONFIG_FILE}"], quiet=True)
     export = folder / EXPORT_FOLDER / (EMA_EXPORT_FILE if part == "ema" else EXPORT_FILE)
-    exported = -1
+    found = [(step, path, part) for step, path in find_steps(folder / config.checkpoint.folder).items()]
+    faults: list[ValueError] = []
     if export.is_file():
         try:
-            exported = _read_step(read_header_metadata(export))
+            found.append((_read_step(read_header_metadata(export)), export, "model"))
         except ValueError as error:
-            log.warning("%s; a checkpoint is drawn with", error)
-    for step, path in sorted(find_steps(folder / config.checkpoint.folder).items(), reverse=True):
-        if step <= exported:
-            break
+            faults.append(error)
+    # Of one step the export comes first, which is smaller.
+    for _, path, kind in sorted(found, key=lambda one: (one[0], one[1] == export), reverse=True):
         try:
-            return _open(path, part)._replace(config=config)
+            opened = _open(path, kind)
         except ValueError as error:
-            log.warning("%s; older weights are drawn with", error)
-    if exported < 0:
-        what = "average of the weights" if part == "ema" else "weights"
-        raise ValueError(
-            f"{folder} holds no {what}, or none that is whole: let the run save first, or name another run"
-        )
-    return _open(export, "model")._replace(config=config)
+            faults.append(error)
+            continue
+        for fault in faults:
+            log.warning("%s; others are taken", fault)
+        return opened._replace(config=config)
+    what = "average of the weights" if part == "ema" else "weights"
+    remedy = "leave --ema out" if part == "ema" else "let the run save first"
+    told = f" ({faults[0]})" if faults else ""
+    raise ValueError(f"{folder} holds no {what} that can be read{told}: {remedy}, or name another run")
 
 
 def _open(path: Path, part: str) -> Opened:

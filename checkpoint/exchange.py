@@ -56,7 +56,10 @@ def open_weights(path: Path, tables: Mapping[str, Sequence[RuleLike]], part: str
             raise ValueError(_unknown(path, tensors, [OWN_LAYOUT]))
         return Weights(tensors, CHECKPOINT_LAYOUT, {})
     if part != "model":
-        raise ValueError(f"{path} is no checkpoint, and only a checkpoint holds an average of the weights beside them")
+        raise ValueError(
+            f"{path} is no checkpoint, and only a checkpoint holds an average of the weights beside them: name one, or "
+            "leave --ema out"
+        )
     if path.is_dir():
         tensors, metadata = _open_folder(path), {}
     elif path.exists():

@@ -1,10 +1,12 @@
 """Rules between the keys that say what a run reads."""
 
+import math
 from collections.abc import Iterator
 
 from config.job_config import JobConfig
 from config.keys import show
 from config.layout_checks import Finding
+from flux.config import TIME_STEPS, Validation
 from flux.spec import PIXELS_PER_TOKEN
 
 # Data sets that lie somewhere: presets have a public place of their own, shapes draws its pictures.
@@ -60,10 +62,30 @@ def find_data_doubts(config: JobConfig) -> Iterator[str]:
             f"validation.dataset_path={show(validation.dataset_path)} is training.dataset_path too, so nothing is held "
             "out: leave it out, and a part of the data is"
         )
+    if validation.clip_score_path is not None and not (validation.enable and validation.eval_freq):
+        yield (
+            f"validation.clip_score_path={show(validation.clip_score_path)} is not read, since no pictures are drawn: "
+            "set validation.enable and validation.eval_freq"
+        )
+    yield from _times(config.validation)
     if training.dataset == "parquet" and not config.data.shuffle_window:
         yield (
             "data.shuffle_window=0 shuffles all of the parquet files, and a whole row group is read for every sample: "
             "use a window such as 16 row groups, or encode the data set first (python -m scripts.preencode)"
+        )
+
+
+def _times(validation: Validation) -> Iterator[str]:
+    """Fewer samples than times, or some at all times and the last one not."""
+    batches, size = validation.steps, validation.local_batch_size
+    count = batches * size
+    if not validation.enable or batches == -1 or not count % TIME_STEPS:
+        return
+    if count < TIME_STEPS or validation.all_timesteps:
+        yield (
+            f"validation.steps={batches} x validation.local_batch_size={size} = {count} measurements do not take all "
+            f"{TIME_STEPS} times equally often, so the loss is no mean over them: make it a multiple of {TIME_STEPS}, "
+            f"such as {math.ceil(count / TIME_STEPS) * TIME_STEPS}"
         )
 
 

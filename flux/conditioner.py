@@ -15,7 +15,16 @@ from flux.config import Encoder
 from flux.data.tokenizers import FluxTokenizer
 from flux.huggingface import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from flux.spec import TransformerConfig
-from flux.text_files import CLIP, T5, TextKind, open_text_encoder, read_config, tie
+from flux.text_files import (
+    CLIP,
+    T5,
+    TextKind,
+    check_end_token,
+    check_vocabulary,
+    open_text_encoder,
+    read_config,
+    read_weights,
+)
 from flux.text_folders import TINY_CLIP, TINY_T5, resolve_clip, resolve_t5
 
 TEST_MODE_SEED = 0
@@ -146,27 +155,14 @@ def _load(
     device: torch.device | str,
     sharding: Sharding | None = None,
 ):
-    model, tensors = open_text_encoder(kind, folder, transformer)
-    model.to(dtype)
+    opened = open_text_encoder(kind, folder, transformer)
+    model = opened.model.to(dtype)
     if torch.device(device).type == "meta":
         return model
     if sharding is not None:
         sharding.split(model, list(model.encoder.block))
-    model.to_empty(device=device)
-    tie(model)
-    copy_ = Tensor.copy_ if sharding is None else sharding.copy_
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # one at a time: the peak is the model itself
-            copy_(parameter, tensors[name.removeprefix(kind.prefix)].read())
-    _fill_buffers(model)
+    read_weights(kind, opened, device, Tensor.copy_ if sharding is None else sharding.copy_)
     return model
-
-
-def _fill_buffers(model: nn.Module) -> None:
-    """Buffers that no file holds: CLIP counts its positions in one."""
-    for name, buffer in model.named_buffers():
-        assert name.endswith("position_ids"), name
-        buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
 
 
 def random_encoders(transformer: TransformerConfig) -> tuple[T5EncoderModel, CLIPTextModel]:
@@ -187,24 +183,9 @@ def check_tokenizer(tokenizer: FluxTokenizer, conditioner: T5ClipConditioner) ->
     Raises:
         ValueError: names the key, what does not fit and the remedy.
     """
-    clip = conditioner.clip
-    for kind, model, size in (
-        (T5, conditioner.t5, tokenizer.vocabulary_sizes["t5"]),
-        (CLIP, clip, tokenizer.vocabulary_sizes["clip"]),
-    ):
-        if model is not None and size > model.config.vocab_size:
-            raise ValueError(
-                f"{kind.key}: the tokenizer has {size} tokens and the encoder embeds only {model.config.vocab_size}: "
-                "use the tokenizer that belongs to the encoder"
-            )
-    if clip is None:
-        return
-    # CLIP pools at its end token, which an empty prompt has right after the start. A configured id of 2 is a known
-    # fault of old files; the library then takes the highest id of the prompt instead.
-    end = int(tokenizer([""])["clip"][0, 1])
-    configured = clip.config.eos_token_id
-    if end != (clip.config.vocab_size - 1 if configured == 2 else configured):
-        raise ValueError(
-            f"{CLIP.key}: the tokenizer ends prompts with id {end} and the encoder's config.json says eos_token_id "
-            f"{configured}: use the tokenizer that belongs to the encoder"
-        )
+    if conditioner.t5 is not None:
+        check_vocabulary(T5, conditioner.t5.config, tokenizer.vocabulary_sizes["t5"])
+    if conditioner.clip is not None:
+        check_vocabulary(CLIP, conditioner.clip.config, tokenizer.vocabulary_sizes["clip"])
+        # An empty prompt has its end right after the start.
+        check_end_token(CLIP, conditioner.clip.config, int(tokenizer([""])["clip"][0, 1]))

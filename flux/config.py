@@ -14,6 +14,8 @@ MIXABLE_DATASETS = (
 )
 DATASETS = (*MIXABLE_DATASETS, "mixture")
 
+TIME_STEPS = 8  # validation samples take eight times in turn
+
 
 @dataclass(frozen=True)
 class Model:
@@ -248,6 +250,12 @@ class Validation:
     save_img_folder: Annotated[str, "folder of the grids, inside the run folder", "[1, inf)"] = "img"
     prompts_path: Annotated[
         str | None, "text file with one prompt per line; not set: captions of the first held-out samples", "[1, inf)"
+    ] = None
+    clip_score_path: Annotated[
+        str | None,
+        "CLIP model that scores the pictures by their prompts: a folder, or a name that scripts.download_assets "
+        "fetches; not set: no score",
+        "[1, inf)",
     ] = None
     dataloader: DataLoader = field(default_factory=DataLoader)
 

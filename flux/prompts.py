@@ -12,8 +12,9 @@ def load_prompts(path: str | Path, key: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{key}={str(path)!r} cannot be read as UTF-8 text ({error}): give a file with one prompt per line"
+            f"{key}={str(path)!r} cannot be read as UTF-8 text ({why}): give a file with one prompt per line"
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -49,10 +49,10 @@ class TextKind:
     model_types: tuple[str, ...]  # of config.json
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
-    width: str  # name of the width in the configuration of the encoder
-    transformer_width: str  # and in TransformerConfig
     prefix: str  # of the names in some files: both spellings are in use
-    other_parts: re.Pattern[str]  # weights of a complete T5 or CLIP that the text encoder has no use for
+    other_parts: re.Pattern[str]  # what else may lie in the files, such as the decoder of a complete T5
+    width: str = ""  # name of the width in the configuration of the encoder
+    transformer_width: str = ""  # and in TransformerConfig; a kind without one feeds no transformer
 
 
 T5 = TextKind(
@@ -61,10 +61,10 @@ T5 = TextKind(
     model_types=("t5",),
     config_class=T5Config,
     model_class=T5EncoderModel,
-    width="d_model",
-    transformer_width="context_dim",
     prefix="",
     other_parts=re.compile(r"decoder\.|lm_head\."),
+    width="d_model",
+    transformer_width="context_dim",
 )
 CLIP = TextKind(
     key="encoder.clip_encoder",
@@ -72,12 +72,12 @@ CLIP = TextKind(
     model_types=("clip_text_model", "clip"),
     config_class=CLIPTextConfig,
     model_class=CLIPTextModel,
-    width="hidden_size",
-    transformer_width="pooled_dim",
     prefix="text_model.",
     other_parts=re.compile(
         r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$|embeddings\.position_ids$"
     ),
+    width="hidden_size",
+    transformer_width="pooled_dim",
 )
 
 
@@ -110,11 +110,17 @@ def open_text_encoder(kind: TextKind, folder: Path, transformer: TransformerConf
     """
     config = read_config(kind, folder)
     _check_width(kind, folder, config, transformer)
-    if kind is CLIP and config.max_position_embeddings != CLIP_LENGTH:
-        raise ValueError(
-            f"{kind.key}: {folder} has {config.max_position_embeddings} positions and must have {CLIP_LENGTH}: "
-            f"use a CLIP text model such as {CLIP_NAME}"
-        )
+    if kind is CLIP:
+        check_positions(kind, folder, config)
+    return open_encoder(kind, folder, config)
+
+
+def open_encoder(kind: TextKind, folder: Path, config: PreTrainedConfig) -> TextEncoder:
+    """The model of a configuration that `read_config` has read, and its weights, of which none is read.
+
+    Raises:
+        ValueError: names the key, the folder, what is wrong with it and the remedy.
+    """
     try:
         with torch.device("meta"):
             model = kind.model_class(config)
@@ -124,6 +130,28 @@ def open_text_encoder(kind: TextKind, folder: Path, transformer: TransformerConf
     tensors = _open_weights(kind, folder)
     _check_weights(kind, folder, model, tensors)
     return TextEncoder(model, tensors)
+
+
+@torch.no_grad()
+def read_weights(
+    kind: TextKind,
+    encoder: TextEncoder,
+    device: torch.device | str,
+    copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
+    """Gives an open encoder its weights, one tensor at a time: the peak is the model itself.
+
+    Args:
+        copy_: (parameter, whole tensor): keeps what this process needs of it.
+    """
+    model = encoder.model
+    model.to_empty(device=device)
+    tie(model)
+    for name, parameter in model.named_parameters():
+        copy_(parameter, encoder.tensors[name.removeprefix(kind.prefix)].read())
+    for name, buffer in model.named_buffers():  # that no file holds: CLIP counts its positions in one
+        assert name.endswith("position_ids"), name
+        buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
 
 
 def tie(model: PreTrainedModel) -> None:
@@ -139,19 +167,28 @@ def read_config(kind: TextKind, folder: Path) -> PreTrainedConfig:
             f"{kind.key}: {folder} must hold config.json and {WEIGHTS} and has no config.json: "
             f"give the folder of the encoder itself, or the known name {kind.remedy}"
         )
-    values = _read_json(kind, file)
+    values = read_json(kind, file)
     found = values.get("model_type")
     if found not in kind.model_types:
         raise ValueError(
             f"{kind.key}: {folder} must hold an encoder of model_type {' or '.join(kind.model_types)} "
             f"and its config.json says {found!r}: use another folder, or the known name {kind.remedy}"
         )
-    values = values.get("text_config", values)
+    if kind is CLIP:
+        values = values.get("text_config", values)
     try:
-        # A file may ask for attention by the name of a repository, whose code the library would fetch and run.
-        return kind.config_class.from_dict({key: values[key] for key in values if "implementation" not in key})
+        return kind.config_class.from_dict(_without_implementations(values))
     except Exception as error:  # whatever the library's validation raises
         raise _invalid_config(kind, folder, error) from error
+
+
+def _without_implementations(values: dict[str, Any]) -> dict[str, Any]:
+    """A file may ask for attention by the name of a repository, whose code the library would fetch and run."""
+    return {
+        key: _without_implementations(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if "implementation" not in key
+    }
 
 
 def _invalid_config(kind: TextKind, folder: Path, error: Exception) -> ValueError:
@@ -159,6 +196,37 @@ def _invalid_config(kind: TextKind, folder: Path, error: Exception) -> ValueErro
         f"{kind.key}: {folder / 'config.json'} must be the configuration of a {kind.model_class.__name__} "
         f"and has a value that does not work ({type(error).__name__}): fetch the encoder again"
     )
+
+
+def check_positions(kind: TextKind, folder: Path, config: CLIPTextConfig) -> None:
+    """Raises ValueError unless a CLIP text model reads as many tokens as its tokenizer makes."""
+    if config.max_position_embeddings != CLIP_LENGTH:
+        raise ValueError(
+            f"{kind.key}: {folder} has {config.max_position_embeddings} positions and must have {CLIP_LENGTH}: "
+            f"use a CLIP model such as {CLIP_NAME}"
+        )
+
+
+def check_vocabulary(kind: TextKind, config: PreTrainedConfig, size: int) -> None:
+    """Raises ValueError for a tokenizer whose ids would be an index fault on the device."""
+    if size > config.vocab_size:
+        raise ValueError(
+            f"{kind.key}: the tokenizer has {size} tokens and the encoder embeds only {config.vocab_size}: "
+            "use the tokenizer that belongs to the encoder"
+        )
+
+
+def check_end_token(kind: TextKind, config: CLIPTextConfig, end: int) -> None:
+    """Raises ValueError for a tokenizer that ends prompts with an id at which CLIP would not pool.
+
+    A configured id of 2 is a known fault of old files; the library then takes the highest id of the prompt instead.
+    """
+    configured = config.eos_token_id
+    if end != (config.vocab_size - 1 if configured == 2 else configured):
+        raise ValueError(
+            f"{kind.key}: the tokenizer ends prompts with id {end} and the encoder's config.json says eos_token_id "
+            f"{configured}: use the tokenizer that belongs to the encoder"
+        )
 
 
 def _check_width(kind: TextKind, folder: Path, config: PreTrainedConfig, transformer: TransformerConfig) -> None:
@@ -170,7 +238,7 @@ def _check_width(kind: TextKind, folder: Path, config: PreTrainedConfig, transfo
         )
 
 
-def _read_json(kind: TextKind, file: Path) -> dict[str, Any]:
+def read_json(kind: TextKind, file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -220,7 +288,7 @@ def _weight_files(kind: TextKind, folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file() or not index.is_file():
         files = [WEIGHTS]
     else:
-        weight_map = _read_json(kind, index).get("weight_map")
+        weight_map = read_json(kind, index).get("weight_map")
         # The bare name: an index must not lead out of its folder.
         files = (
             sorted({Path(str(file)).name for file in weight_map.values()})

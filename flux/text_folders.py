@@ -47,16 +47,16 @@ def resolve_t5(name: str) -> TextFolders:
     return _plain_folder("encoder.t5_encoder", name, T5_NAME, "tokenizer_2", T5_TOKENIZER_FILES)
 
 
-def resolve_clip(name: str) -> TextFolders:
-    """Folders of `encoder.clip_encoder`: the known name openai/clip-vit-large-patch14, or a folder.
+def resolve_clip(name: str, key: str = "encoder.clip_encoder") -> TextFolders:
+    """Folders of a configuration key: the known name openai/clip-vit-large-patch14, or a folder.
 
     Raises:
         ValueError: nothing is there, with the command that downloads it for the known name.
     """
     if name == CLIP_NAME:
         folder = download_folder(CLIP_NAME, DOWNLOADS)
-        return _downloaded("encoder.clip_encoder", name, folder, folder, "clip")
-    return _plain_folder("encoder.clip_encoder", name, CLIP_NAME, "tokenizer", CLIP_TOKENIZER_FILES)
+        return _downloaded(key, name, folder, folder, "clip")
+    return _plain_folder(key, name, CLIP_NAME, "tokenizer", CLIP_TOKENIZER_FILES)
 
 
 def holds_any(folder: Path, alternatives: tuple[tuple[str, ...], ...]) -> bool:

@@ -49,6 +49,7 @@ CHARTS = (
     Chart("Training loss (dashed: of the rank with the largest)", ERROR, ("loss", "loss_max"), smooth=True),
     Chart("Validation loss (dashed: of the average)", ERROR, ("validation_loss", "validation_loss_ema")),
     Chart("Training loss with a caption (dashed: without)", ERROR, ("loss/captioned", "loss/uncaptioned"), smooth=True),
+    Chart("CLIP score of the pictures (dashed: of the average)", "100 x cosine", ("clip_score", "clip_score_ema")),
     Chart("Gradient norm, before clipping", "", ("grad_norm",), smooth=True, log_scale=True),
     Chart(
         "Gradient norm of double blocks (dashed: of single blocks)",

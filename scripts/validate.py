@@ -57,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_output(path: Path | None) -> None:
+    """Raises ValueError for a file that could not be written in the end."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(
+            f"--json={str(path)!r} must be a file in a folder that is there: name another, or make the folder"
+        )
+
+
 def find_config(path: Path, opened: Opened, options: list[str], world_size: int, quiet: bool) -> JobConfig:
     """What the validation of a run is computed with: nothing is saved, averaged or drawn.
 
@@ -98,6 +106,7 @@ def show(opened: Opened, figures: dict[str, float]) -> None:
 
 def main(argv: list[str], rank: int = 0, world_size: int = 1) -> None:
     arguments, options = build_parser().parse_known_args(argv)
+    check_output(arguments.json)
     opened = open_trained(arguments.checkpoint, "ema" if arguments.ema else "model")
     config = find_config(arguments.checkpoint, opened, options, world_size, quiet=rank > 0)
     check_fits(opened.weights.tensors, SPECS[config.model.flavor], str(opened.path))

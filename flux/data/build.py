@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flux.config import Data, DataSource, Encoder, Training, Validation
+from flux.config import TIME_STEPS, Data, DataSource, Encoder, Training, Validation
 from flux.data.buckets import Bucket, BucketShuffle, assign_buckets, make_buckets
 from flux.data.cache import CacheSource
-from flux.data.dataset import TIME_STEPS, OpenSource, PositionedDataset, TrainingDraws, ValidationDraws
+from flux.data.dataset import OpenSource, PositionedDataset, TrainingDraws, ValidationDraws
 from flux.data.decode import DecodeRules, parse_color
 from flux.data.loader import Loader, PositionBatches
 from flux.data.order import BucketOrder, PlainOrder, ShuffledOrder

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from flux.batch import BadRecord, Draws, RawBatch
 from flux.codec import draw_noise
+from flux.config import TIME_STEPS
 from flux.data.captions import choose_caption
 from flux.data.decode import DecodeRules, decode_image
 from flux.data.errors import BadSample, DataError
@@ -26,7 +27,6 @@ from flux.rng import keyed_generator
 from flux.spec import LATENT_STRIDE, PIXELS_PER_TOKEN, ModelSpec
 
 MAX_ATTEMPTS = 100  # samples that may be bad at one position; with 1 % bad ones, two in a row are rare
-TIME_STEPS = 8  # validation samples take eight times in turn
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from flux.data.dataset import TIME_STEPS
+from flux.config import TIME_STEPS
 from flux.data.errors import BadSample, DataError
 from flux.data.sample import EncodedSample, Shard
 from flux.spec import LATENT_STRIDE, ModelSpec

@@ -38,12 +38,11 @@ class FluxTokenizer:
 
     def __init__(self, t5_folder: Path | str, clip_folder: Path | str, max_t5_length: int):
         t5 = _load("encoder.t5_encoder", T5Tokenizer, "\u2581", Path(t5_folder), T5_TOKENIZER_FILES)
-        clip = _load("encoder.clip_encoder", CLIPTokenizer, "a</w>", Path(clip_folder), CLIP_TOKENIZER_FILES)
         self._t5 = _padded(t5, max_t5_length)
-        self._clip = _padded(clip, CLIP_LENGTH)
+        self._clip = load_clip_tokenizer("encoder.clip_encoder", Path(clip_folder))
         self._max_t5_length = max_t5_length
         self._told = False  # that a prompt was cut: said once
-        self.vocabulary_sizes = {"t5": len(t5), "clip": len(clip)}
+        self.vocabulary_sizes = {"t5": len(t5), "clip": self._clip.get_vocab_size()}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """Ids, int64: "t5" [B, max_t5_length] and "clip" [B, 77]."""
@@ -73,6 +72,19 @@ def build_tokenizer(encoder: Encoder, test_mode: bool) -> FluxTokenizer:
         (TINY_T5, TINY_CLIP) if test_mode else (resolve_t5(encoder.t5_encoder), resolve_clip(encoder.clip_encoder))
     )
     return FluxTokenizer(t5.tokenizer, clip.tokenizer, encoder.max_t5_encoding_len)
+
+
+def load_clip_tokenizer(key: str, folder: Path) -> Tokenizer:
+    """Gives exactly 77 ids; a longer prompt loses its tail, never its end token.
+
+    Args:
+        key: of the configuration, for messages.
+        folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+    Raises:
+        ValueError: it holds no tokenizer of CLIP.
+    """
+    return _padded(_load(key, CLIPTokenizer, "a</w>", folder, CLIP_TOKENIZER_FILES), CLIP_LENGTH)
 
 
 def _load(

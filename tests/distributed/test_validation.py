@@ -10,11 +10,13 @@ import pytest
 from tests.distributed.layouts import build_trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import BATCH, CP, REPLICATE, TP
+from tests.unit.flux.whole_clip import save_clip
 from training.metrics import METRICS_NAME
 
 LOSS_TOLERANCE = 1e-6  # relative; fp32 sums in another order
 # Of pixels in -1..1: rounding of fp32 through a sampling run, and encoders at other batch sizes.
 PIXEL_TOLERANCE = 2e-4
+SCORE_TOLERANCE = 0.1  # of a CLIP score out of 100: pixels that round to another of 256 steps
 PICTURES = 17  # two and more at each time, and no layout and no batch size here divides it
 VALIDATE = (
     "--ema.enable",
@@ -105,3 +107,25 @@ def test_control_another_number_of_samples_is_another_loss(one_process, held_out
     assert other["validation_loss"] != pytest.approx(
         one_process["figures"]["validation_loss"], rel=100 * LOSS_TOLERANCE
     )
+
+
+def score(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -> tuple[str, float | None]:
+    """Where this rank has the CLIP model, and the score that it has logged."""
+    trainer = build_trainer(rank, world_size, folder, overrides)
+    assert trainer.evaluator is not None and trainer.evaluator.clip_scorer is not None
+    trainer.evaluator.evaluate(1, samples=0)
+    lines = (Path(folder) / METRICS_NAME).read_text().splitlines() if rank == 0 else []
+    found = [json.loads(line)["clip_score"] for line in lines if '"clip_score"' in line]
+    return trainer.evaluator.clip_scorer.model.device.type, found[0] if found else None
+
+
+@pytest.mark.slow
+def test_rank_0_alone_scores_by_clip(held_out, tmp_path):
+    clip, prompts = save_clip(tmp_path / "clip"), tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na large blue square on the left\n" + "a green triangle " * 40)
+    paths = (f"--validation.clip_score_path={clip}", f"--validation.prompts_path={prompts}")
+    overrides = (*VALIDATE, VALIDATE_AT(4), held_out, *paths)
+    ((_, alone),) = run_ranks(score, 1, str(tmp_path), (BATCH(8), *overrides))
+    (first, shared), (second, nothing) = run_ranks(score, 2, str(tmp_path), (BATCH(4), *overrides))
+    assert (first, second, nothing) == ("cpu", "meta", None)
+    assert shared == pytest.approx(alone, abs=SCORE_TOLERANCE) and alone > 0

@@ -63,6 +63,11 @@ def test_encoder_that_is_not_downloaded(capfd, tmp_path):
     assert code == 2 and "python -m scripts.download_assets" in said, said
 
 
+def test_clip_model_without_eyes(capfd, tmp_path):
+    code, said = fail(capfd, tmp_path, "--validation.clip_score_path=assets/tiny/clip")
+    assert code == 2 and "validation.clip_score_path" in said and "step 1" not in said, said
+
+
 def test_missing_weight_file(capfd, tmp_path):
     shutil.copytree("assets/tiny/t5", tmp_path / "t5")
     (tmp_path / "t5" / "model.safetensors").unlink()

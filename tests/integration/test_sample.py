@@ -123,7 +123,7 @@ def test_a_checkpoint_knows_the_settings_of_its_run(step_2, saved_run, tmp_path)
     assert draw_from(moved, tmp_path / "b") == expected
 
 
-def test_a_run_is_drawn_with_the_newest_that_it_left(saved_run, tmp_path, capsys):
+def test_a_run_is_drawn_with_the_newest_that_it_left(saved_run, tmp_path, capsys, caplog):
     newest = draw_from(saved_run.folder / "checkpoint/step-4", tmp_path / "step-4")
     assert draw_from(saved_run.folder, tmp_path / "run") == newest
     assert "after 4 steps" in capsys.readouterr().out
@@ -138,6 +138,8 @@ def test_a_run_is_drawn_with_the_newest_that_it_left(saved_run, tmp_path, capsys
     tensors.write_bytes(tensors.read_bytes()[:-1])
     assert draw_from(folder, tmp_path / "damaged") != newest
     assert "step-2: flux-tiny after 2 steps" in capsys.readouterr().out
+    (warning,) = [text for text in caplog.messages if "others are taken" in text]
+    assert "step-4" in warning and "take another checkpoint" in warning
 
 
 def test_an_old_export_does_not_hide_a_newer_checkpoint(saved_run, sources, tmp_path, capsys):
@@ -223,7 +225,8 @@ def test_processes_share_the_prompts(step_2, tmp_path):
         (["--checkpoint={empty}"], "holds no weights that are known"),
         (["--checkpoint={empty}/none.safetensors"], "is missing"),
         (["--checkpoint={own file}", "--ema"], "only a checkpoint holds an average"),
-        (["--checkpoint={plain}", "--ema"], "holds no average of the weights"),
+        (["--checkpoint={plain}", "--ema"], "holds no average of the weights that can be read: leave --ema out"),
+        (["--checkpoint={config}"], "config holds no weights that can be read: let the run save first, or name"),
         (["--checkpoint={own file}", "--guidance=3"], "--guidance=3 has no effect"),
         (["--checkpoint={checkpoint}", "--config=train_configs/flux_schnell.toml"], "flux-tiny.*flux-schnell"),
         (["--checkpoint={own file}", "--config={empty}/none.toml"], "none.toml"),
@@ -232,9 +235,11 @@ def test_processes_share_the_prompts(step_2, tmp_path):
     ],
 )
 def test_weights_that_cannot_be_drawn_with(sources, plain_run, tmp_path, arguments, message):
-    files = {"bin": tmp_path / "weights.bin", "debug": tmp_path / "debug.safetensors", "empty": tmp_path / "empty"}
+    names = {"bin": "weights.bin", "debug": "debug.safetensors", "empty": "empty", "config": "config"}
+    files = {name: tmp_path / file for name, file in names.items()}
     paths = {name: str(path) for name, path in (sources | files | {"plain": plain_run.folder}).items()}
-    files["bin"].write_bytes(b"no weights"), files["empty"].mkdir()
+    files["bin"].write_bytes(b"no weights"), files["empty"].mkdir(), files["config"].mkdir()
+    shutil.copy(plain_run.folder / "config.toml", files["config"])
     if "{debug}" in arguments[0]:
         zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in DEBUG_SHAPES.items()}
         save_file(zeros, files["debug"])

@@ -17,6 +17,7 @@ from flux.spec import SPECS
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
 from tests.integration.short_runs import TINY, Run
+from tests.unit.flux.whole_clip import save_clip
 from train import FluxTrainer, build_encoders, main
 
 ACCUMULATION_TOLERANCE = 1e-6  # relative; fp32 sums in another order
@@ -87,6 +88,17 @@ def test_workers_and_validation_do_not_touch_the_numbers(train, plain_run, overr
     run = train(override)
     assert run.series("loss") == plain_run.series("loss")
     assert run.series("grad_norm") == plain_run.series("grad_norm")
+
+
+def test_a_score_by_clip_is_logged_and_touches_no_number(train, plain_run, tmp_path, capsys):
+    run = train(f"--validation.clip_score_path={save_clip(tmp_path / 'clip')}", "--ema.enable", "--ema.decay=0.5")
+    (score,), (of_average,) = run.series("clip_score"), run.series("clip_score_ema")
+    assert 0 < score < 100 and 0 < of_average < 100 and score != of_average
+    assert f"CLIP score {score:.2f}" in capsys.readouterr().err
+    assert run.series("shape_accuracy") == plain_run.series("shape_accuracy"), "the other scores are there as well"
+    assert run.series("loss") == plain_run.series("loss")
+    ours, theirs = (load_file(one.folder / "export/transformer.safetensors") for one in (run, plain_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("local_batch_size", [4, 2])

@@ -1,6 +1,7 @@
 """The validation loss of weights in every format is the one that their run has seen."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,13 +83,31 @@ def test_two_processes_say_it_once(run, tmp_path):
         (["--checkpoint={file}"], "does not say how it is validated: name a configuration, --job.config_file FILE"),
         (["--checkpoint={file}", "--job.config_file={config}", "--model.flavor=flux-debug"], "flux-debug"),
         (["--checkpoint={run}", "--validation.step=3"], "validation.step"),
+        (
+            ["--checkpoint={run}", "--json=no/such/figures.json"],
+            "--json='no/such/figures.json' must be a file in",
+        ),
+        (["--checkpoint={empty}"], "holds no weights that are known: name a checkpoint"),
+        (["--checkpoint={unsaved}"], "holds no weights that can be read: let the run save first, or name another run"),
+        (
+            ["--checkpoint={file}", "--ema"],
+            "only a checkpoint holds an average of the weights beside them: name",
+        ),
+        (["--checkpoint={plain}", "--ema"], "holds no average of the weights that can be read: leave --ema out"),
     ],
 )
-def test_bad_input(run, arguments, said):
+def test_bad_input(run, plain_run, tmp_path, arguments, said):
     places = {
         "file": run.folder / "export" / "transformer.safetensors",
         "config": run.folder / "config.toml",
         "run": run.folder,
+        "plain": plain_run.folder,
+        "empty": tmp_path / "empty",
+        "unsaved": tmp_path / "unsaved",
     }
-    with pytest.raises(ValueError, match=said.replace(".", r"\.")):
+    for name in ("empty", "unsaved"):
+        places[name].mkdir()
+    shutil.copy(places["config"], places["unsaved"])
+    with pytest.raises(ValueError) as caught:
         validate.main([argument.format(**places) for argument in arguments])
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -91,6 +91,15 @@ def test_what_is_probably_not_meant():
     warning = warnings_of("--training.dataset=parquet", "--training.dataset_path=x")
     assert "data.shuffle_window=0 shuffles all of the parquet files" in warning
     assert 'dataset_path="x" is not read: shapes draws its own' in warnings_of("--training.dataset_path=x")
+    clip = ("--validation.clip_score_path=x", "--validation.enable")
+    assert 'clip_score_path="x" is not read, since no pictures' in warnings_of(*clip, "--validation.eval_freq=0")
+    assert "clip_score_path" not in warnings_of(*clip)
+    few = ("--validation.enable", "--validation.local_batch_size=4", "--validation.steps=1")
+    assert "validation.steps=1 x validation.local_batch_size=4 = 4 measurements do not take" in warnings_of(*few)
+    for enough in (["--validation.steps=3"], ["--validation.steps=-1"], ["--validation.enable=false"]):
+        assert "measurements" not in warnings_of(*few, *enough)
+    warning = warnings_of(*few, "--validation.steps=3", "--validation.all_timesteps")
+    assert "= 12 measurements do not take all 8 times equally often" in warning and warning.endswith("such as 16")
     both = ("--validation.enable", "--training.dataset=webdataset", "--training.dataset_path=x")
     warning = warnings_of(*both, "--validation.dataset_path=x")
     assert "so nothing is held out: leave it out, and a part of the data is" in warning

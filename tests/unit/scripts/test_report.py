@@ -33,7 +33,7 @@ def make_run(folder: Path, *options: str, steps: int = 40, update: int = 8, grid
             file.write(json.dumps(line) + "\n")
             if step % 10 == 0:
                 by_time = {f"validation_loss/t={time}": 1 / step + time for time in (0.0625, 0.5625)}
-                average = {"validation_loss_ema": 0.9 / step}
+                average = {"validation_loss_ema": 0.9 / step, "clip_score": 20 + step, "clip_score_ema": 21 + step}
                 file.write(json.dumps({"step": step, "validation_loss": 1 / step, **by_time, **average}) + "\n")
         file.write('{"step": 41, "lo')  # torn
     for number in range(1, grids + 1):
@@ -63,10 +63,16 @@ def test_a_page_has_curves_pictures_and_differences(tmp_path, capsys):
     main([*map(str, runs), "--out", str(tmp_path / "deep" / "report.html")])
     assert "report.html: " in capsys.readouterr().out
     page = Page((tmp_path / "deep" / "report.html").read_text())
-    assert page.tags.count("svg") == 9  # of those of figures that were logged
+    assert page.tags.count("svg") == 10  # of those of figures that were logged
     assert page.tags.count("img") == 4 and "script" not in page.tags
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
-    for told in ("step 40 of 1,000, 320 samples", "step 40 of 7", "0.0250 (least: 0.0250 at step 40)", "done (code 0)"):
+    for told in (
+        "step 40 of 1,000, 320 samples",
+        "step 40 of 7",
+        "0.0250 (least: 0.0250 at step 40)",
+        "done (code 0)",
+        "CLIP score",
+    ):
         assert told in page.words
     assert "optimizer.lr" in page.words and "0.002" in page.words and "model.flavor" not in page.words
     assert "step 20, 160 samples" in page.words
