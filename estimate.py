@@ -11,7 +11,7 @@ import torch
 
 from build import DTYPES, compute_dtype
 from config.job_config import JobConfig
-from flux.encoder_costs import EncoderCost
+from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
 from flux.memory import Keep, LocalBatch, block_bytes, peak_bytes
 from flux.model import FluxTransformer
@@ -24,6 +24,7 @@ from parallel.degrees import Degrees
 from parallel.estimate import Links, WeightTraffic, local_numel, token_seconds
 from runtime.hardware import Accelerator
 
+STORED = ("cache", "mlperf")  # data sets that need no encoder
 OPTIMIZER_STATES = 2  # running means of the gradient and of its square
 UPDATE_PASSES = 7  # an update reads weight, gradient and both states, and writes all but the gradient
 # Of what links and matrix units are sold with, what programs get: 788 of an H200's 989 TFLOP/s.
@@ -51,16 +52,16 @@ class Memory:
 class Seconds:
     """Time of one update, by part; parts may overlap."""
 
-    compute: float  # at the datasheet's speed
+    compute: float  # matrix products, at the datasheet's speed
     encoders: float
-    traffic: float  # to and from the accelerator's own memory, without that of matrix products
+    traffic: float  # to and from the accelerator's own memory, without that of matrix products; an estimate
     weights: float  # between ranks
     tokens: float  # between ranks
 
     @property
     def floor(self) -> float:
-        """Everything overlaps, and runs as fast as it is sold."""
-        return max(self.compute + self.encoders, self.traffic, self.weights + self.tokens)
+        """Products and links run as fast as they are sold, and hide each other and everything else."""
+        return max(self.compute + self.encoders, self.weights + self.tokens)
 
     @property
     def ceiling(self) -> float:
@@ -85,6 +86,23 @@ def local_elements(transformer: TransformerConfig, degrees: Degrees) -> list[int
         place = blocks.get(".".join(name.split(".")[:2]), -1)
         sums[place] += local_numel(name, shape, degrees, plan.column, plan.row)
     return sums
+
+
+def is_stored(config: JobConfig) -> bool:
+    """Whether the training data are encoded already."""
+    names = [one.dataset for one in config.data.sources if one.weight] or [config.training.dataset]
+    return all(name in STORED for name in names)
+
+
+def needed_encoders(config: JobConfig) -> dict[str, EncoderCost]:
+    """Those that a run holds; of encoded data they only draw the pictures of validation, and do nothing in a step."""
+    costs = count_encoders(
+        config.encoder, SPECS[config.model.flavor], config.training.test_mode, config.training.img_size
+    )
+    if not is_stored(config):
+        return costs
+    is_drawn = config.validation.enable and config.validation.eval_freq > 0
+    return {name: cost._replace(flops=0) for name, cost in costs.items()} if is_drawn else {}
 
 
 def local_batch(config: JobConfig, degrees: Degrees, on_cpu: bool) -> LocalBatch:
@@ -147,45 +165,85 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
 def estimate_seconds(
     config: JobConfig, degrees: Degrees, chip: Accelerator, links: Links, encoders: Mapping[str, EncoderCost]
 ) -> Seconds:
-    """Time of one update on so many accelerators."""
+    """Time of one update on so many accelerators, of products in bfloat16, or 8 bits where converters say so."""
     training, transformer = config.training, SPECS[config.model.flavor].transformer
-    passes, samples = training.accumulation(degrees.dp), training.local_batch_size
-    batch, (kept, whole) = local_batch(config, degrees, on_cpu=False), kept_levels(config)
-    ranks = degrees.cp * degrees.tp  # that share a sample
-    speed = (chip.fp8_tflops or chip.bf16_tflops) if config.model.converters else chip.bf16_tflops
-    per_pass = samples * flops_per_sample(config) / ranks / (speed * 1e12)
-    frozen = samples * sum(cost.flops for cost in encoders.values()) / (chip.bf16_tflops * 1e12)
-    fused = whole is Keep.COMPILED
-    touched = 0.0
-    for index, keep in enumerate(kept):
-        most, least = (block_bytes(transformer, batch, level, index < transformer.depth) for level in (whole, keep))
-        touched += (PASSES_FUSED if fused else PASSES) * (most + (most - least) / 3)  # a third of it is forward
-    update = UPDATE_PASSES * DTYPES[training.dtype].itemsize * sum(local_elements(transformer, degrees))
-    whole_copy = sum(local_elements(transformer, Degrees(tp=degrees.tp)))
-    traffic = WeightTraffic(
-        gathered=whole_copy * batch.itemsize,
-        reduced=whole_copy * DTYPES[training.mixed_precision_reduce].itemsize,
-        gathers=1 if config.parallelism.fsdp_reshard_after_forward == "never" else 2,
+    passes, ranks = training.accumulation(degrees.dp), degrees.cp * degrees.tp
+    batch = local_batch(config, degrees, on_cpu=False)
+    tokens = token_seconds(
+        activation=batch.samples * batch.tokens * transformer.hidden_size * batch.itemsize,
+        attentions=transformer.depth + transformer.depth_single,
+        sums=2 * transformer.depth + transformer.depth_single,
+        times=2 + recomputed_share(config),
+        degrees=degrees,
+        method=config.parallelism.context_parallel_method,
+        links=links,
     )
-    activation = batch.samples * batch.tokens * transformer.hidden_size * batch.itemsize
-    sums = 2 * transformer.depth + transformer.depth_single
-    tokens = token_seconds(activation, len(kept), sums, degrees, config.parallelism.context_parallel_method, links)
+    weights = _weight_traffic(config, degrees).seconds(degrees, links)
+    if t5 := encoders.get("t5"):
+        replica = degrees.fsdp * degrees.tp
+        received = t5.parameters * DTYPES[config.encoder.dtype].itemsize * (replica - 1) / replica
+        weights += links.seconds(received, 1, replica) if t5.flops else 0.0
     return Seconds(
-        compute=passes * per_pass,
-        encoders=passes * frozen,
-        traffic=(passes * touched + update) / (chip.memory_gb_per_s * 1e9),
-        weights=passes * traffic.seconds(degrees, links),
+        compute=passes * batch.samples * _product_seconds(config, chip) / ranks,
+        encoders=passes * batch.samples * sum(cost.flops for cost in encoders.values()) / (chip.bf16_tflops * 1e12),
+        traffic=_memory_traffic(config, degrees) / (chip.memory_gb_per_s * 1e9),
+        weights=passes * weights,
         tokens=passes * tokens,
     )
+
+
+def recomputed_share(config: JobConfig) -> float:
+    """Of the forward pass, that is computed again."""
+    kept, _ = kept_levels(config)
+    return sum(level is Keep.INPUTS for level in kept) / len(kept)
 
 
 def flops_per_sample(config: JobConfig) -> float:
     """Of training on one sample, what is computed again included."""
     transformer, tokens = SPECS[config.model.flavor].transformer, config.training.img_tokens
     length = config.encoder.max_t5_encoding_len
-    kept, _ = kept_levels(config)
-    again = sum(level is Keep.INPUTS for level in kept) / len(kept)
-    return training_flops(transformer, tokens, length) + again * forward_flops(transformer, tokens, length)
+    return training_flops(transformer, tokens, length) + recomputed_share(config) * forward_flops(
+        transformer, tokens, length
+    )
+
+
+def _product_seconds(config: JobConfig, chip: Accelerator) -> float:
+    """Of all products of one sample. Attention is computed in bfloat16 also where linear layers have 8 bits."""
+    flops = flops_per_sample(config)
+    if not config.model.converters:
+        return flops / (chip.bf16_tflops * 1e12)
+    if chip.fp8_tflops is None:
+        raise ValueError(f"model.converters={config.model.converters} needs 8-bit products, which {chip.name} has not")
+    transformer = SPECS[config.model.flavor].transformer
+    blocks, tokens = transformer.depth + transformer.depth_single, config.training.img_tokens
+    tokens += config.encoder.max_t5_encoding_len
+    attention = (3 + recomputed_share(config)) * blocks * 4 * tokens**2 * transformer.hidden_size
+    return (attention / chip.bf16_tflops + (flops - attention) / chip.fp8_tflops) / 1e12
+
+
+def _memory_traffic(config: JobConfig, degrees: Degrees) -> float:
+    """Bytes that an update moves to and from a rank's own memory: activations, gathered weights, the update itself."""
+    training, transformer = config.training, SPECS[config.model.flavor].transformer
+    batch, (kept, whole) = local_batch(config, degrees, on_cpu=False), kept_levels(config)
+    activations = 0.0
+    for index, keep in enumerate(kept):
+        most, least = (block_bytes(transformer, batch, level, index < transformer.depth) for level in (whole, keep))
+        activations += most + (most - least) / 3  # the forward pass, a third of it, once more
+    activations *= PASSES_FUSED if whole is Keep.COMPILED else PASSES
+    local, itemsize = sum(local_elements(transformer, degrees)), DTYPES[training.dtype].itemsize
+    weights = _weight_traffic(config, degrees)
+    # Written by a gather, read by products; gradients written, copied to the sum's dtype, summed, and accumulated.
+    each_pass = 2 * weights.gathers * weights.gathered + weights.gathered + 2 * weights.reduced + 3 * local * itemsize
+    return training.accumulation(degrees.dp) * (activations + each_pass) + UPDATE_PASSES * local * itemsize
+
+
+def _weight_traffic(config: JobConfig, degrees: Degrees) -> WeightTraffic:
+    whole_copy = sum(local_elements(SPECS[config.model.flavor].transformer, Degrees(tp=degrees.tp)))
+    return WeightTraffic(
+        gathered=whole_copy * compute_dtype(config).itemsize,
+        reduced=whole_copy * DTYPES[config.training.mixed_precision_reduce].itemsize,
+        gathers=1 if config.parallelism.fsdp_reshard_after_forward == "never" else 2,
+    )
 
 
 def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:

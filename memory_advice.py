@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from config.checks import find_faults
 from config.job_config import JobConfig
 from config.keys import show
 from estimate import estimate_memory
@@ -26,8 +27,11 @@ class Remedy:
 
 
 @contextmanager
-def out_of_memory_told(config: JobConfig, layout: Layout) -> Iterator[None]:
+def out_of_memory_told(config: JobConfig, layout: Layout, in_step: bool) -> Iterator[None]:
     """Inside, memory that runs out is an error that the user can mend.
+
+    Args:
+        in_step: activations are there; otherwise weights and encoders alone did not fit.
 
     Raises:
         ValueError: the device's memory is too small; one line with what would help, the most helpful first.
@@ -37,40 +41,55 @@ def out_of_memory_told(config: JobConfig, layout: Layout) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error, layout.device.type):
             raise
-        remedies = find_remedies(config, layout.degrees, layout.device.type)
+        remedies = find_remedies(config, layout.degrees, layout.device.type, in_step)
         raise ValueError(describe_out_of_memory(config, str(error), remedies)) from error
 
 
-def find_remedies(config: JobConfig, degrees: Degrees, device_type: str) -> list[Remedy]:
+def find_remedies(config: JobConfig, degrees: Degrees, device_type: str, in_step: bool = True) -> list[Remedy]:
     """What makes room without changing the updates, by the formulas of `scripts.plan`, the most helpful first."""
-    on_cpu, training = device_type == "cpu", config.training
-    peak = estimate_memory(config, degrees, on_cpu, {}).peak
+    on_cpu = device_type == "cpu"
+    update, peak = config.training.update_size(degrees.dp), estimate_memory(config, degrees, on_cpu, {}).peak
     found: list[Remedy] = []
-
-    def consider(options: str, then: Degrees = degrees, **sections: Any) -> None:
-        saves = peak - estimate_memory(replace(config, **sections), then, on_cpu, {}).peak
-        if saves > 0:
+    for options, change, then in _candidates(config, degrees, on_cpu, in_step):
+        parallelism = replace(
+            config.parallelism,
+            data_parallel_shard_degree=then.dp_shard,
+            data_parallel_replicate_degree=then.dp_replicate,
+        )
+        changed = replace(config, parallelism=parallelism, **change)
+        is_valid = next(iter(find_faults(changed, then.world)), None) is None
+        saves = peak - estimate_memory(changed, then, on_cpu, {}).peak
+        if is_valid and saves > 0 and changed.training.update_size(then.dp) == update:
             found.append(Remedy(options, saves))
-
-    consider('activation_checkpoint.mode="full"', activation_checkpoint=ActivationCheckpoint(mode="full"))
-    half, update = training.local_batch_size // 2, training.update_size(degrees.dp)
-    if half and update % (half * degrees.dp) == 0:
-        keeps = f" with training.global_batch_size={update}"
-        fewer = replace(training, local_batch_size=half, global_batch_size=update)
-        consider(f"training.local_batch_size={half}{keeps}", training=fewer)
-    if not on_cpu:  # ranks of one machine share its CPU's memory
-        consider("training.enable_cpu_offload=true", training=replace(training, enable_cpu_offload=True))
-        consider(*_split_further(degrees))
     return sorted(found, key=lambda one: -one.saves)
 
 
-def _split_further(degrees: Degrees) -> tuple[str, Degrees]:
-    """The weights over more ranks: of the copies that there are, or of as many machines again."""
+def _candidates(
+    config: JobConfig, degrees: Degrees, on_cpu: bool, in_step: bool
+) -> Iterator[tuple[str, dict[str, Any], Degrees]]:
+    """Options as they are told, sections that they replace, and the degrees with them."""
+    training, update = config.training, config.training.update_size(degrees.dp)
+    half = replace(training, local_batch_size=max(1, training.local_batch_size // 2), global_batch_size=update)
+    halved = f"training.local_batch_size={half.local_batch_size}"
+    if in_step:
+        again = "ratio=1" if config.activation_checkpoint.mode == "full" else 'mode="full"'
+        full = ActivationCheckpoint(mode="full")
+        yield f"activation_checkpoint.{again}", {"activation_checkpoint": full}, degrees
+        yield f"{halved} with training.global_batch_size={update}", {"training": half}, degrees
+    if on_cpu:  # ranks of one machine share its memory
+        return
+    offloaded = replace(training, enable_cpu_offload=True)
+    yield "training.enable_cpu_offload=true", {"training": offloaded}, degrees
     shard, copies = degrees.dp_shard, degrees.dp_replicate
     factor = 2 if copies % 2 == 0 or copies == 1 else copies
-    how = f" with {KEYS['dp_replicate']}={copies // factor}" if copies > 1 else " on twice as many GPUs"
     then = replace(degrees, dp_shard=shard * factor, dp_replicate=max(1, copies // factor))
-    return f"{KEYS['dp_shard']}={then.dp_shard}{how}", then
+    split = f"{KEYS['dp_shard']}={then.dp_shard}"
+    if copies > 1:
+        yield f"{split} with {KEYS['dp_replicate']}={then.dp_replicate}", {}, then
+    elif update % (training.local_batch_size * then.dp) == 0:
+        yield f"{split} on twice as many GPUs", {"training": replace(training, global_batch_size=update)}, then
+    else:
+        yield f"{split} with {halved} on twice as many GPUs", {"training": replace(half, global_batch_size=-1)}, then
 
 
 def describe_out_of_memory(config: JobConfig, error: str, remedies: Iterable[Remedy]) -> str:

@@ -372,7 +372,7 @@ def main(argv: list[str]) -> None:
         end.folder = Path(layout.from_rank_0("folder", claim))
         if end.folder != Path(config.job.dump_folder):
             log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
-        with out_of_memory_told(config, layout):
+        with out_of_memory_told(config, layout, in_step=False):
             trainer = FluxTrainer(config, end.folder, layout)
         if end.rank == 0:
             save_config(trainer.config, end.folder / CONFIG_FILE)
@@ -380,13 +380,15 @@ def main(argv: list[str]) -> None:
                 log.info("%s", format_config(trainer.config))
         profiler = Profiler(config.profiling, end.folder, end.rank, layout.device.type, trainer.step)
         try:
-            with out_of_memory_told(config, layout), profiler:
+            with out_of_memory_told(config, layout, in_step=True), profiler:
                 trainer.train(profiler.step)
         finally:
             end.step = trainer.step
-            trainer.checkpointer.close()
-            if trainer.metrics:
-                trainer.metrics.close(in_haste=True)
+            try:
+                trainer.checkpointer.close()
+            finally:
+                if trainer.metrics:
+                    trainer.metrics.close(in_haste=True)
         close_layout(layout)
 
 

@@ -5,7 +5,7 @@ Figures are rank 0's, which holds the most where something does not divide.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 from parallel.degrees import Degrees
 from parallel.names import matches
@@ -55,7 +55,7 @@ class Links:
         """
         if ranks == 1:
             return 0.0
-        neighbors = max(1, min(ranks, self.node // first))  # on one machine
+        neighbors = gcd(ranks, max(1, self.node // first))  # on one machine
         if neighbors == ranks:
             return received / (self.inside * 1e9)
         # A ring of all ranks leaves each machine once, through the network adapters of those on it.
@@ -86,16 +86,19 @@ class WeightTraffic:
         )
 
 
-def token_seconds(activation: int, attentions: int, sums: int, degrees: Degrees, method: str, links: Links) -> float:
-    """Time in which the ranks of a sample exchange what they have, for one forward and backward pass.
+def token_seconds(
+    activation: int, attentions: int, sums: int, times: float, degrees: Degrees, method: str, links: Links
+) -> float:
+    """Time in which the ranks of a sample exchange what they have.
 
     Args:
         activation: bytes of this rank's tokens at the model's width.
         attentions: layers in which tokens meet.
-        sums: sums over tensor parallel ranks in a forward pass; the backward pass has as many.
+        sums: sums over tensor parallel ranks in a forward pass.
+        times: forward passes; a backward pass exchanges as much as one.
         method: parallelism.context_parallel_method.
     """
     cp, tp = degrees.cp, degrees.tp
     exchanged = 4 * (cp - 1) / cp if method == "ulysses" else 2 * (cp - 1)
-    context = links.seconds(2 * attentions * exchanged * activation / tp, tp, cp)
-    return context + links.seconds(2 * sums * 2 * (tp - 1) / tp * activation, 1, tp)
+    context = links.seconds(times * attentions * exchanged * activation / tp, tp, cp)
+    return context + links.seconds(times * sums * 2 * (tp - 1) / tp * activation, 1, tp)

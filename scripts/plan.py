@@ -1,10 +1,10 @@
-"""What a run will cost before it runs: memory, time, money, and a layout to start with.
+"""What a run will cost before it runs: memory, time, GPU hours, and a layout to start with.
 
     python -m scripts.plan --job.config_file train_configs/flux_dev.toml --gpus 64 --gpu h200 [--section.key value ...]
 
 Everything is arithmetic, so any machine does, without an accelerator, data or weights. Bytes of weights, gradients and
-optimizer states are exact, activations right to a few percent; the times are bounds: a floor that no run gets below,
-and what it takes when nothing overlaps.
+optimizer states are exact, activations right to a few percent. The times are bounds: a floor, at which products or
+links run as fast as they are sold and hide all the rest, and what an update takes when nothing overlaps.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from build import compute_dtype
 from config.checks import find_faults
 from config.job_config import JobConfig
 from config.parse import load_config
@@ -26,9 +29,11 @@ from estimate import (
     estimate_memory,
     estimate_seconds,
     flops_per_sample,
+    is_stored,
+    needed_encoders,
     parameter_shapes,
 )
-from flux.encoder_costs import EncoderCost, count_encoders
+from flux.encoder_costs import EncoderCost
 from flux.flops import forward_flops, training_flops, with_unit
 from flux.spec import LATENT_STRIDE, SPECS
 from parallel.config import ActivationCheckpoint
@@ -44,14 +49,14 @@ RESERVED = 2 * GIB  # what the driver, communication buffers and libraries take
 USABLE = 0.92  # of the rest; the allocator cannot use every gap
 WORTH_CHANGING = 0.97  # a proposal takes at most this share of the configuration's time
 BF16 = 2  # bytes
-RECOMPUTATION = {
-    "none": ActivationCheckpoint(mode="none"),
-    "selective, op": ActivationCheckpoint(mode="selective", selective_ac_option="op"),
-    "full, ratio 0.25": ActivationCheckpoint(mode="full", ratio=0.25),
-    "full, ratio 0.5": ActivationCheckpoint(mode="full", ratio=0.5),
-    "full": ActivationCheckpoint(mode="full"),
-}
-STORED = ("cache", "mlperf")  # data sets that need no encoder
+RECOMPUTATION = (
+    ActivationCheckpoint(mode="none"),
+    ActivationCheckpoint(mode="selective", selective_ac_option="op"),
+    ActivationCheckpoint(mode="full", ratio=0.25),
+    ActivationCheckpoint(mode="full", ratio=0.5),
+    ActivationCheckpoint(mode="full"),
+)
+SHORT_UPDATE = 0.05  # seconds
 PARTS_OF_TIME = {
     "compute": "matrix products",
     "encoders": "encoders",
@@ -127,7 +132,7 @@ def _variants(plan: Plan, machines: Machines, encoders: Mapping[str, EncoderCost
         for dp_shard in divisors(machines.gpus // tp // cp):
             degrees = Degrees(machines.gpus // (tp * cp * dp_shard), dp_shard, cp, tp)
             for samples in divisors(plan.update_size // degrees.dp if plan.update_size % degrees.dp == 0 else 0):
-                for section in RECOMPUTATION.values():
+                for section in RECOMPUTATION:
                     variant = _change(config, degrees, samples, plan.update_size, section)
                     if next(iter(find_faults(variant, machines.gpus)), None) is None:
                         yield make_plan(variant, machines, encoders)
@@ -165,26 +170,30 @@ def cached_bytes(config: JobConfig, side: int) -> int:
     return BF16 * (2 * spec.codec.latent_channels * grid + text)
 
 
-def validation_flops(config: JobConfig, degrees: Degrees) -> tuple[float, float]:
-    """Of one validation loss, and of one grid of pictures; nan where the number of samples is not known."""
+def validation_seconds(plan: Plan, chip: Accelerator) -> tuple[float | None, float]:
+    """Of one validation loss and of one grid of pictures, all groups of ranks at work; None: it is not known how many
+    samples there are.
+    """
+    config, degrees = plan.config, plan.degrees
     section, transformer = config.validation, SPECS[config.model.flavor].transformer
-    once = forward_flops(transformer, config.training.img_tokens, config.encoder.max_t5_encoding_len)
-    averages = 2 if config.ema.enable else 1
-    samples = section.steps * section.local_batch_size * degrees.dp if section.steps > 0 else math.nan
-    visits = 8 if section.all_timesteps else 1
+    flops = forward_flops(transformer, config.training.img_tokens, config.encoder.max_t5_encoding_len)
+    speed = degrees.cp * degrees.tp * chip.bf16_tflops * 1e12 * MATMUL_SHARE
+    once = (2 if config.ema.enable else 1) * flops / speed
+    # Every group takes equally many batches and pictures, filled up.
+    samples = -(-section.steps // degrees.dp) * section.local_batch_size
     guided = 2 if section.enable_classifier_free_guidance else 1
-    pictures = section.save_img_count * section.denoising_steps * guided
-    return averages * samples * visits * once, averages * pictures * once if section.eval_freq else 0.0
+    pictures = -(-section.save_img_count // degrees.dp) * section.denoising_steps * guided
+    return samples * once if section.steps > 0 else None, pictures * once if section.eval_freq else 0.0
 
 
 def describe(plan: Plan, proposal: Plan | None, machines: Machines, samples: int) -> Iterator[str]:
     """Lines for people."""
-    config, training = plan.config, plan.config.training
-    flops = training_flops(SPECS[config.model.flavor].transformer, training.img_tokens, text_tokens(config))
+    config, training, length = plan.config, plan.config.training, plan.config.encoder.max_t5_encoding_len
+    flops = training_flops(SPECS[config.model.flavor].transformer, training.img_tokens, length)
     again = flops_per_sample(config) / flops - 1
     yield f"model     {config.model.flavor}, {parameter_count(config):,} parameters"
     yield (
-        f"sample    {training.img_tokens} image + {text_tokens(config)} text tokens, {with_unit(flops)}FLOP to train on"
+        f"sample    {training.img_tokens} image + {length} text tokens, {with_unit(flops)}FLOP to train on"
         + (f", and {again:.0%} to compute again what was not kept" if again else "")
     )
     yield f"machines  {machines.gpus} x {machines.chip.name}, {min(machines.gpus, machines.per_node)} in each"
@@ -199,7 +208,8 @@ def describe(plan: Plan, proposal: Plan | None, machines: Machines, samples: int
         yield "   ".join((label, *values)).rstrip()
     yield ""
     yield from _advice(plan, proposal, changes, machines)
-    yield from _extras(plan, machines, samples)
+    yield from _extras(plan, machines)
+    yield from _caveats(plan)
 
 
 def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[tuple[str, list[str]]]:
@@ -241,31 +251,46 @@ def _advice(plan: Plan, proposal: Plan | None, changes: list[str], machines: Mac
             else "no other way to make updates of this size fits: keep the configuration"
         )
     elif not changes:
-        yield "keep the configuration: no other way that fits is faster"
+        yield f"keep the configuration: no other way that fits is faster by more than {1 - WORTH_CHANGING:.0%}"
     else:
         gain = plan.seconds.ceiling / proposal.seconds.ceiling
         why = f"{gain:.2f} times as fast" if plan.fits(machines) else "it fits, and is the fastest way that does"
         shards = proposal.degrees.fsdp * proposal.degrees.tp
-        where = "of one machine" if shards <= machines.per_node else f"of {shards // machines.per_node} machines"
+        where = "of one machine" if shards <= machines.per_node else f"of {-(-shards // machines.per_node)} machines"
         split = f", with weights split over {shards} GPUs {where}" if shards > 1 else ""
         yield f"start with the proposal: {why}{split}:"
         yield "    " + " ".join(changes)
 
 
-def _extras(plan: Plan, machines: Machines, samples: int) -> Iterator[str]:
+def _extras(plan: Plan, machines: Machines) -> Iterator[str]:
     """What is beside training."""
-    config, side = plan.config, plan.config.training.img_size
-    each = cached_bytes(config, side)
-    yield f"a cache of encoded samples takes {_size(each)} each, {_size(each * samples)} for {_count(samples)}"
+    config = plan.config
+    if not is_stored(config):
+        each = cached_bytes(config, config.training.img_size)
+        yield f"a cache of encoded samples takes {_size(each)} for each, {_size(each * 10**6)} for a million"
     if config.validation.enable:
-        loss, grid = validation_flops(config, plan.degrees)
-        speed = machines.gpus * machines.chip.bf16_tflops * 1e12 * MATMUL_SHARE
-        if math.isnan(loss):
-            yield "a validation loss goes over all held-out samples (validation.steps=-1): a third of training on them"
+        loss, grid = validation_seconds(plan, machines.chip)
+        if loss is None:
+            times = ", eight times over" if config.validation.all_timesteps else ""
+            twice = ", and again for the average" if config.ema.enable else ""
+            yield f"a validation loss takes a third of training on all held-out samples{times}{twice}"
         else:
-            yield f"a validation loss takes about {loss / speed:.2g} s, every {config.validation.freq} steps"
+            yield f"a validation loss takes about {_number(loss)} s, every {config.validation.freq} steps"
         if grid:
-            yield f"a grid of pictures takes about {grid / speed:.2g} s, every {config.validation.eval_freq} steps"
+            yield f"a grid of pictures takes about {_number(grid)} s, every {config.validation.eval_freq} steps"
+
+
+def _caveats(plan: Plan) -> Iterator[str]:
+    """What the figures do not know of this configuration."""
+    training = plan.config.training
+    if training.enable_cpu_offload:
+        yield "note: weights, gradients and optimizer states are in the host's memory, which the times leave out"
+    if compute_dtype(plan.config) is torch.float32:
+        yield "note: the times are of products in bfloat16; in float32 they take many times as long"
+    if plan.config.data.buckets.enable:
+        yield "note: the figures are of squares of training.img_size, not of the shapes of [data.buckets]"
+    if plan.seconds.ceiling < SHORT_UPDATE:
+        yield "note: the launching of kernels is not counted, and is most of so short an update"
 
 
 def as_json(plan: Plan, machines: Machines) -> dict[str, Any]:
@@ -280,10 +305,6 @@ def as_json(plan: Plan, machines: Machines) -> dict[str, Any]:
         "fits": plan.fits(machines),
         "seconds": {**asdict(plan.seconds), "floor": plan.seconds.floor, "ceiling": plan.seconds.ceiling},
     }
-
-
-def text_tokens(config: JobConfig) -> int:
-    return config.encoder.max_t5_encoding_len
 
 
 def parameter_count(config: JobConfig) -> int:
@@ -336,13 +357,10 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
     config = load_config(options, arguments.gpus)
     machines = Machines(ACCELERATORS[arguments.gpu], arguments.gpus, arguments.gpus_per_node)
-    encoders = count_encoders(
-        config.encoder, SPECS[config.model.flavor], config.training.test_mode, config.training.img_size
-    )
-    if config.training.dataset in STORED:  # they draw the pictures of validation, and do nothing in a step
-        encoders = {name: cost._replace(flops=0) for name, cost in encoders.items()}
+    encoders = needed_encoders(config)
     plan = make_plan(config, machines, encoders)
-    proposal = propose(plan, machines, encoders)
+    # What the host adds is not known, so nothing can be said to be faster.
+    proposal = plan if config.training.enable_cpu_offload else propose(plan, machines, encoders)
     samples = arguments.samples or config.training.steps * plan.update_size
     print("\n".join(describe(plan, proposal, machines, samples)))
     if arguments.json:
@@ -358,7 +376,13 @@ def main(argv: list[str]) -> None:
             "proposed": as_json(proposal, machines) if proposal else None,
             "options": changed_options(plan, proposal) if proposal else [],
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        try:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"--json={arguments.json} cannot be written ({error.strerror}): name another file"
+            ) from error
 
 
 if __name__ == "__main__":

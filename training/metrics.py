@@ -98,7 +98,10 @@ class MetricsLogger:
             sink.end()
         while self._sinks:
             self._sinks.pop().wait(deadline - time.monotonic())
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            log.warning("the last lines are not in metrics.jsonl: %s", error)
 
     def _to_mllog(self, action: Callable[[MLPerfLog], None]) -> None:
         if self._mllog is None:

@@ -30,8 +30,8 @@ class Peaks:
         return shares if self.datasheet is None else shares | {"mfu_percent": 100 * tflops / self.datasheet}
 
     def describe(self) -> str:
-        """Such as `6150.2 TFLOP/s in matrix products (of 7912)`."""
-        promised = "" if self.datasheet is None else f" (of {self.datasheet:g})"
+        """Such as `6150.2 TFLOP/s in matrix products (datasheet: 7912 in bfloat16)`."""
+        promised = "" if self.datasheet is None else f" (datasheet: {self.datasheet:g} in bfloat16)"
         return f"{round(self.matmul, 3):g} TFLOP/s in matrix products{promised}"
 
 

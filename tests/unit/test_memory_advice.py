@@ -47,8 +47,7 @@ def test_a_remedy_saves_what_the_configuration_with_it_takes_less() -> None:
 @pytest.mark.parametrize(
     ("degrees", "option"),
     [
-        (Degrees(), f"{SHARD}=2 on twice as many GPUs"),
-        (Degrees(dp_shard=8, cp=2), f"{SHARD}=16 on twice as many GPUs"),
+        (Degrees(), f"{SHARD}=2 with training.local_batch_size=2 on twice as many GPUs"),
         (Degrees(dp_replicate=4, dp_shard=8), f"{SHARD}=16 with {REPLICATE}=2"),
         (Degrees(dp_replicate=3, dp_shard=2), f"{SHARD}=6 with {REPLICATE}=1"),
     ],
@@ -57,12 +56,28 @@ def test_weights_split_further(degrees: Degrees, option: str) -> None:
     assert option in names(find_remedies(config_of("--model.flavor=flux-debug"), degrees, "cuda"))
 
 
+def test_a_remedy_keeps_the_updates_and_the_rules() -> None:
+    accumulated = config_of("--training.global_batch_size=16")
+    assert f"{SHARD}=2 on twice as many GPUs" in names(find_remedies(accumulated, Degrees(), "cuda"))
+    alone = config_of("--training.local_batch_size=1")
+    assert SHARD not in names(find_remedies(alone, Degrees(), "cuda")), "one sample cannot be dealt to two ranks"
+    tokens = config_of("--training.local_batch_size=2", "--model.converters=quantize.linear.float8")
+    assert find_remedies(tokens, Degrees(), "cuda"), "the control: others are named"
+
+
+def test_what_does_not_fit_before_the_first_step() -> None:
+    told = names(find_remedies(config_of(), Degrees(), "cuda", in_step=False))
+    assert told.startswith("training.enable_cpu_offload") and "activation_checkpoint" not in told
+
+
 def test_what_would_not_help_is_not_named() -> None:
     on_cpu = names(find_remedies(config_of(), Degrees(), "cpu"))
     assert "enable_cpu_offload" not in on_cpu and SHARD not in on_cpu
     assert "enable_cpu_offload" not in names(
         find_remedies(config_of("--training.enable_cpu_offload"), Degrees(), "cuda")
     )
+    half = config_of("--activation_checkpoint.mode=full", "--activation_checkpoint.ratio=0.5")
+    assert "activation_checkpoint.ratio=1" in names(find_remedies(half, Degrees(), "cuda"))
     recomputed = config_of("--activation_checkpoint.mode=full")
     assert "activation_checkpoint" not in names(find_remedies(recomputed, Degrees(), "cuda"))
     assert "local_batch_size" not in names(find_remedies(config_of("--training.local_batch_size=1"), Degrees(), "cuda"))
@@ -82,7 +97,7 @@ def test_one_line() -> None:
 def test_a_step_that_does_not_fit(device: str, error: Exception) -> None:
     layout = Layout(Degrees(), torch.device(device))
     told = pytest.raises(ValueError, match=r'activation_checkpoint.mode="full" saves [0-9.]+ MiB')
-    with told as caught, out_of_memory_told(config_of(), layout):
+    with told as caught, out_of_memory_told(config_of(), layout, in_step=True):
         raise error
     assert caught.value.__cause__ is error and "\n" not in str(caught.value)
 
@@ -90,6 +105,6 @@ def test_a_step_that_does_not_fit(device: str, error: Exception) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert triggered"), KeyError("out of memory")])
 def test_other_errors_pass(error: Exception) -> None:
     layout = Layout(Degrees(), torch.device("cuda"))
-    with pytest.raises(type(error)) as caught, out_of_memory_told(config_of(), layout):
+    with pytest.raises(type(error)) as caught, out_of_memory_told(config_of(), layout, in_step=True):
         raise error
     assert caught.value is error

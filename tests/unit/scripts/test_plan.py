@@ -1,17 +1,26 @@
 """The bill before the run: what is shown, what is proposed, and whether the proposal holds."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from config.parse import ConfigError, load_config
+from estimate import needed_encoders
 from flux.encoder_costs import EncoderCost
 from flux.flops import training_flops
 from flux.spec import SPECS
 from runtime.hardware import ACCELERATORS
-from scripts.plan import Machines, Plan, cached_bytes, changed_options, main, make_plan, propose, validation_flops
+from scripts.plan import (
+    Machines,
+    Plan,
+    cached_bytes,
+    changed_options,
+    main,
+    make_plan,
+    propose,
+    validation_seconds,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 DEV = [f"--job.config_file={ROOT / 'train_configs' / 'flux_dev.toml'}"]
@@ -81,14 +90,49 @@ def test_a_cached_sample_is_what_mlperf_stores() -> None:
 
 
 def test_cost_of_validation() -> None:
+    chip = ACCELERATORS["h100"]
     plan, _ = plan_for(8, "h100")
-    loss, grid = validation_flops(plan.config, plan.degrees)
-    forward = training_flops(SPECS["flux-dev"].transformer, 256, 512) / 3
-    assert loss == pytest.approx(12 * 32 * 8 * forward) and grid == pytest.approx(50 * 50 * 2 * forward)
-    averaged, _ = plan_for(8, "h100", "--ema.enable=true", "--validation.all_timesteps=true")
-    assert validation_flops(averaged.config, averaged.degrees) == (pytest.approx(16 * loss), pytest.approx(2 * grid))
-    unknown, _ = plan_for(8, "h100", "--validation.steps=-1")
-    assert math.isnan(validation_flops(unknown.config, unknown.degrees)[0])
+    loss, grid = validation_seconds(plan, chip)
+    forward = training_flops(SPECS["flux-dev"].transformer, 256, 512) / 3 / (989e12 * 0.8)
+    assert loss == pytest.approx(2 * 32 * forward), "12 batches of 32, dealt to 8 groups and filled up"
+    assert grid == pytest.approx(7 * 50 * 2 * forward), "50 pictures, of 50 steps with guidance"
+    wide, _ = plan_for(64, "h100")
+    assert validation_seconds(wide, chip) == (pytest.approx(32 * forward), pytest.approx(100 * forward))
+    averaged, _ = plan_for(8, "h100", "--ema.enable=true")
+    assert validation_seconds(averaged, chip) == (pytest.approx(2 * loss), pytest.approx(2 * grid))
+    assert validation_seconds(plan_for(8, "h100", "--validation.steps=-1")[0], chip)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--training.enable_cpu_offload=true"], "in the host's memory, which the times leave out"),
+        (["--training.mixed_precision_param=float32"], "in float32 they take many times as long"),
+        (["--data.buckets.enable=true"], "not of the shapes of [data.buckets]"),
+        (["--model.flavor=flux-debug", "--training.local_batch_size=1"], "is most of so short an update"),
+        (["--validation.steps=-1", "--ema.enable=true"], "all held-out samples, and again for the average"),
+    ],
+)
+def test_what_the_figures_do_not_know_is_said(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*DEV, *options])
+    assert told in capsys.readouterr().out
+    main(DEV)
+    assert told not in capsys.readouterr().out
+
+
+def test_an_offloaded_configuration_gets_no_proposal(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*DEV, "--training.enable_cpu_offload=true"])
+    assert "proposed" not in capsys.readouterr().out
+
+
+def test_stored_data_need_no_encoders() -> None:
+    stored = ["--training.dataset=cache", "--training.dataset_path=somewhere"]
+    assert set(needed_encoders(load_config(DEV, 8, quiet=True))) == {"t5", "clip", "autoencoder"}
+    drawn = needed_encoders(load_config([*DEV, *stored], 8, quiet=True))
+    assert {cost.flops for cost in drawn.values()} == {0} and all(cost.parameters for cost in drawn.values())
+    assert needed_encoders(load_config([*DEV, *stored, "--validation.eval_freq=0"], 8, quiet=True)) == {}
 
 
 def test_bad_input() -> None:
@@ -101,3 +145,7 @@ def test_bad_input() -> None:
             main([*DEV, *options])
     with pytest.raises(SystemExit):
         main([*DEV, "--gpu", "h9000"])
+    with pytest.raises(ValueError, match=r"--json=/dev/null/plan\.json cannot be written"):
+        main([*DEV, "--json", "/dev/null/plan.json"])
+    with pytest.raises(ValueError, match="needs 8-bit products, which a100 has not"):
+        main([*DEV, "--gpu", "a100", "--model.converters=quantize.linear.float8"])

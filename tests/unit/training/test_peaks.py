@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def test_shares_are_of_the_ceiling_and_of_the_datasheet():
     known = Peaks(matmul=6000.2468, datasheet=7912.0)
     assert known.shares(3956.0) == {"matmul_percent": pytest.approx(65.93, abs=0.01), "mfu_percent": 50}
-    assert known.describe() == "6000.25 TFLOP/s in matrix products (of 7912)"
+    assert known.describe() == "6000.25 TFLOP/s in matrix products (datasheet: 7912 in bfloat16)"
     assert Peaks(0.1, None).shares(0.05) == {"matmul_percent": 50}, "no share of what is not known"
     assert Peaks(0.09412, None).describe() == "0.094 TFLOP/s in matrix products"
 
