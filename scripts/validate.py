@@ -76,13 +76,23 @@ def find_config(path: Path, opened: Opened, options: list[str], world_size: int,
         raise ValueError(f"{path} does not say how it is validated: name a configuration, --job.config_file FILE")
     own = [] if names_file else ["--job.config_file", str(path / CONFIG_FILE)]
     config = load_config([*own, *options], world_size, quiet=quiet)
+    validation = config.validation
+    if validation.dataset or validation.dataset_path:  # a data set of its own: the training data need not be here
+        training = replace(
+            config.training,
+            dataset=validation.dataset or config.training.dataset,
+            dataset_path=validation.dataset_path,
+            local_batch_size=1,
+            global_batch_size=-1,
+        )
+        config = replace(config, training=training, data=replace(config.data, sources=[]))
     return replace(
         config,
         debug=config.debug if config.debug.seed is not None else replace(config.debug, seed=0),  # of noise: never drawn
         checkpoint=Checkpoint(),
         ema=replace(config.ema, enable=False),
         metrics=replace(config.metrics, enable_tensorboard=False, enable_wandb=False, enable_mllog=False),
-        validation=replace(config.validation, enable=True, eval_freq=0, target_loss=None),
+        validation=replace(validation, enable=True, eval_freq=0, target_loss=None),
     )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import scripts.validate as validate
 from checkpoint.adapter import from_native
@@ -63,6 +64,19 @@ def test_every_format_and_batch_size(run, tmp_path):
     assert other["validation_loss"] != pytest.approx(seen(run, "validation_loss")[4], rel=100 * FP32)
     every = figures(tmp_path, "--checkpoint", str(run.folder), "--validation.all_timesteps")
     assert len([name for name in every if "/t=" in name]) == 8
+
+
+def test_a_validation_set_of_its_own_needs_no_training_data(train, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 90, 30)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"color {number}")
+    own = ("--validation.dataset=shapes", "--validation.freq=4", "--validation.steps=4")
+    run = train("--training.dataset=imagefolder", f"--training.dataset_path={folder}", "--checkpoint.enable", *own)
+    shutil.rmtree(folder)
+    found = figures(tmp_path, "--checkpoint", str(run.folder))
+    assert [found["validation_loss"]] == list(run.series("validation_loss"))
 
 
 def test_two_processes_say_it_once(run, tmp_path):
