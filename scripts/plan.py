@@ -57,6 +57,7 @@ RECOMPUTATION = (
     ActivationCheckpoint(mode="full"),
 )
 SHORT_UPDATE = 0.05  # seconds
+UNITS = ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 PARTS_OF_TIME = {
     "compute": "matrix products",
     "encoders": "encoders",
@@ -218,7 +219,9 @@ def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[t
     yield "recomputation", [_name_recomputation(one.config) for one in plans]
     for name in asdict(plans[0].memory):
         sizes = [getattr(one.memory, name) for one in plans]
-        if any(sizes) and name != "peak":
+        if name == "activations":
+            yield f"  {name}", [_activations(one) for one in plans]
+        elif any(sizes) and name != "peak":
             yield f"  {name}", [_size(size) for size in sizes]
     room = _size(machines.room)
     verdicts = ["fits" if one.fits(machines) else "DOES NOT FIT" for one in plans]
@@ -238,6 +241,15 @@ def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[t
     yield "  of one GPU", [f"{_number(low)} to {_number(high)}" for low, high in each]
     hours = [(samples / high / 3600, samples / low / 3600) for low, high in each]
     yield f"GPU hours for {_count(samples)} samples", [f"{_number(low)} to {_number(high)}" for low, high in hours]
+
+
+def _activations(plan: Plan) -> str:
+    """With a memory budget the compiler chooses, between what full recomputation keeps and what it keeps by itself."""
+    if plan.config.activation_checkpoint.mode != "memory_budget":
+        return _size(plan.memory.activations)
+    least = replace(plan.config, activation_checkpoint=ActivationCheckpoint(mode="full"))
+    low = estimate_memory(least, plan.degrees, False, {}).activations
+    return f"{_size(low)} to {_size(plan.memory.activations)}"
 
 
 def _advice(plan: Plan, proposal: Plan | None, changes: list[str], machines: Machines) -> Iterator[str]:
@@ -315,15 +327,13 @@ def _name_recomputation(config: JobConfig) -> str:
     section = config.activation_checkpoint
     details = {"selective": section.selective_ac_option, "full": f"ratio {section.ratio:g}"}
     if section.mode == "memory_budget":
-        return f"budget {section.memory_budget:g}, shown as if all were kept"
+        return f"memory budget {section.memory_budget:g}"
     return f"{section.mode} {details.get(section.mode, '')}".rstrip()
 
 
 def _size(count: float) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 2**10:.2f} KiB"
+    size, unit = next(one for one in UNITS if count >= one[0] or one == UNITS[-1])
+    return f"{count / size:.2f} {unit}"
 
 
 def _number(value: float) -> str:

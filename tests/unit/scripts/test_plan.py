@@ -122,6 +122,16 @@ def test_what_the_figures_do_not_know_is_said(
     assert told not in capsys.readouterr().out
 
 
+def test_a_memory_budget_is_a_range(capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ["--activation_checkpoint.mode=memory_budget", "--compile.enable=true"]
+    plan, _ = plan_for(8, "h100", *budget)
+    full, _ = plan_for(8, "h100", "--activation_checkpoint.mode=full", "--compile.enable=true")
+    main([*DEV, *budget])
+    shown = capsys.readouterr().out
+    low, high = (f"{one.memory.activations / 2**30:.2f} GiB" for one in (full, plan))
+    assert f"{low} to {high}" in shown and "memory budget 0.5" in shown
+
+
 def test_an_offloaded_configuration_gets_no_proposal(capsys: pytest.CaptureFixture[str]) -> None:
     main([*DEV, "--training.enable_cpu_offload=true"])
     assert "proposed" not in capsys.readouterr().out
