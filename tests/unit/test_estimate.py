@@ -168,9 +168,9 @@ def compiled_block_keeps(double: bool, budget: float, samples: int, image: int, 
         return tensor
 
     apply_activation_checkpoint([block], ActivationCheckpoint(mode="memory_budget", memory_budget=budget))
-    block.compile(
-        fullgraph=True, backend="aot_eager_decomp_partition"
-    )  # divides as inductor does, and needs no compiler
+    torch._dynamo.reset()  # what was compiled with another budget
+    # A backend that divides the two passes as inductor does, and generates no code.
+    block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         block(*streams, vec_BD, rotary)
     return sum(saved.values())
