@@ -326,8 +326,7 @@ def parameter_count(config: JobConfig) -> int:
 def _name_recomputation(config: JobConfig) -> str:
     section = config.activation_checkpoint
     details = {"selective": section.selective_ac_option, "full": f"ratio {section.ratio:g}"}
-    if section.mode == "memory_budget":
-        return f"memory budget {section.memory_budget:g}"
+    details["memory_budget"] = f"{section.memory_budget:g}"
     return f"{section.mode} {details.get(section.mode, '')}".rstrip()
 
 

@@ -129,7 +129,7 @@ def test_a_memory_budget_is_a_range(capsys: pytest.CaptureFixture[str]) -> None:
     main([*DEV, *budget])
     shown = capsys.readouterr().out
     low, high = (f"{one.memory.activations / 2**30:.2f} GiB" for one in (full, plan))
-    assert f"{low} to {high}" in shown and "memory budget 0.5" in shown
+    assert f"{low} to {high}" in shown and "memory_budget 0.5" in shown
 
 
 def test_an_offloaded_configuration_gets_no_proposal(capsys: pytest.CaptureFixture[str]) -> None:
