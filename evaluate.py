@@ -114,14 +114,14 @@ class Evaluator:
         assert end is not None
         if self.metrics and not of:
             self.metrics.start_validation(step)
-        # Squared error and time of every sample, each at its place, so that all layouts and batch sizes add up alike.
+        # Mean squared error and time of every sample, each at its place: all layouts and batch sizes add up alike.
         found = torch.zeros(2, end, dtype=torch.float64, device=layout.device)
         bad = torch.zeros((), dtype=torch.float64, device=layout.device)
         for raw in self.loader:
             errors_B = self.squared_errors(raw)
             counts = slice(None) if raw.counts_B is None else raw.counts_B > 0
             places = raw.position_B[counts].to(layout.device)
-            found[0, places] = errors_B[counts].double()
+            found[0, places] = errors_B[counts].double() / raw.draws.noise_BTC[0].numel()
             found[1, places] = raw.draws.t_B[counts].to(layout.device).double()
             bad += len(raw.bad)
         reshard(self.model)
@@ -129,7 +129,7 @@ class Evaluator:
         if replaced := layout.sum(bad).item():
             log.warning("validation: others stand for %d bad samples", replaced / layout.degrees.cp)
         visits = TIME_STEPS if self.config.validation.all_timesteps else 1
-        figures = summarize_errors(errors / raw.draws.noise_BTC[0].numel(), times / layout.degrees.cp, visits)
+        figures = summarize_errors(errors, times / layout.degrees.cp, visits)
         log.info("step %d: validation loss%s %s", step, " of the average" if of else "", describe_loss(figures))
         if self.metrics:
             self.metrics.log(step, {name.replace("_loss", f"_loss{of}", 1): value for name, value in figures.items()})

@@ -11,7 +11,7 @@ from flux.data.buckets import Bucket, BucketShuffle, assign_buckets, make_bucket
 from flux.data.cache import CacheSource
 from flux.data.dataset import OpenSource, PositionedDataset, TrainingDraws, ValidationDraws
 from flux.data.decode import DecodeRules, parse_color
-from flux.data.loader import Loader, PositionBatches
+from flux.data.loader import HeldOutBatches, Loader, PositionBatches
 from flux.data.order import BucketOrder, PlainOrder, ShuffledOrder
 from flux.data.sample import EncodedSource
 from flux.data.shuffle import Mixture, Shuffle
@@ -19,7 +19,7 @@ from flux.data.sources import Split, build_source, hold_out
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS
 from flux.fingerprint import describe_encoders
-from flux.spec import ModelSpec
+from flux.spec import PIXELS_PER_TOKEN, ModelSpec
 
 STREAM = "train"  # of the keys of the training order
 ENCODED = ("cache", "mlperf")  # data sets that hold features instead of pictures
@@ -151,10 +151,14 @@ def build_training_loader(run: RunData, tokenizer: FluxTokenizer | None, deal: D
 
 
 def build_validation_loader(run: RunData, tokenizer: FluxTokenizer | None, deal: Deal) -> Loader:
-    """Held-out samples, the same ones with the same noise and times at every pass."""
+    """Held-out samples, the same ones with the same noise and times at every pass.
+
+    Raises:
+        ValueError: stored shapes that are not those of the run, or cannot be shared out.
+    """
     validation, encoder = run.validation, run.encoder
-    size = (run.training.img_size, run.training.img_size)
-    _check_one_shape(run.held_out, size, "training.img_size")
+    sizes = np.concatenate([_held_out_sizes(run, opened) for opened in run.held_out])
+    _check_sharing(sizes, deal.sharing)
     lengths = [len(opened.source) for opened in run.held_out]
     visits = TIME_STEPS if validation.all_timesteps else 1
     end = max(visits * sum(lengths), TIME_STEPS)  # a few pictures are shown at every time rather than each at one
@@ -162,9 +166,9 @@ def build_validation_loader(run: RunData, tokenizer: FluxTokenizer | None, deal:
         end = min(end, validation.steps * validation.local_batch_size)
     midpoints = validation.times == "midpoints"
     draws = ValidationDraws(deal.seed, encoder.sample_posterior, midpoints, validation.all_timesteps)
-    order = PlainOrder(lengths, size, deal.seed, visits)
+    order = PlainOrder(lengths, sizes, deal.seed, visits)
     dataset = PositionedDataset(run.held_out, order, tokenizer, run.spec, draws, _text_length(encoder))
-    batches = PositionBatches(validation.local_batch_size * deal.groups, 1, deal.group, deal.groups, end=end)
+    batches = HeldOutBatches(order.positions_by_size(end), validation.local_batch_size, deal.group, deal.groups)
     return Loader(dataset, batches, validation.dataloader, run.data.worker_timeout_seconds)
 
 
@@ -247,8 +251,7 @@ def _check_one_shape(sources: Sequence[OpenSource], size: tuple[int, int], key: 
             width, height = sizes[other[0]]
             raise ValueError(
                 f"{key}={size[0]} is not the size of the stored pictures, one has {width} x {height}: set {key} to "
-                "what they were encoded with; those of buckets need data.buckets.enable=true, and validation on "
-                "a data set of its own"
+                "what they were encoded with; those of buckets need data.buckets.enable=true"
             )
 
 
@@ -258,6 +261,15 @@ def shown_sizes(run: RunData, opened: OpenSource) -> np.ndarray:
         buckets, assigned = _assign(run, opened)
         return np.array([bucket.size for bucket in buckets])[assigned]
     return np.full((len(opened.source), 2), run.training.img_size)
+
+
+def _held_out_sizes(run: RunData, opened: OpenSource) -> np.ndarray:
+    """(width, height) in which every sample is shown in validation: squares, or as it was encoded in buckets."""
+    if run.data.buckets.enable and _stored_parts(opened):
+        return opened.source.picture_sizes()
+    size = (run.training.img_size, run.training.img_size)
+    _check_one_shape([opened], size, "training.img_size")
+    return np.full((len(opened.source), 2), size)
 
 
 def _assign(run: RunData, opened: OpenSource) -> tuple[list[Bucket], np.ndarray]:
@@ -295,10 +307,15 @@ def _check_buckets(run: RunData, shown: set[Bucket], sharing: int) -> None:
                 f"data.buckets.img_sizes has {img_size}, and no picture has {img_size} x {img_size} = {img_size**2:,} "
                 "pixels: leave it out"
             )
-    for bucket in sorted(shown):
-        if bucket.tokens % sharing:
-            width, height = bucket.size
+    _check_sharing(np.array(sorted(bucket.size for bucket in shown)), sharing)
+
+
+def _check_sharing(sizes: np.ndarray, sharing: int) -> None:
+    """Raises ValueError for shapes, (width, height), whose tokens cannot be shared out."""
+    for width, height in np.unique(sizes, axis=0):
+        tokens = width * height // PIXELS_PER_TOKEN**2
+        if tokens % sharing:
             raise ValueError(
-                f"parallelism.context_parallel_degree={sharing} must divide the {bucket.tokens} image tokens of every "
+                f"parallelism.context_parallel_degree={sharing} must divide the {tokens} image tokens of every "
                 f"bucket, also of {width} x {height} px: use a larger data.buckets.step, or a smaller degree"
             )

@@ -9,9 +9,10 @@ import itertools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -45,9 +46,10 @@ class PositionBatches:
         accumulation: batches of each rank per update.
         group: this rank's place among the `groups` that see different samples.
         cursor: position to begin at, a multiple of update_size.
-        end: positions from here on do not count, and the last update is the one before; None: endless.
         update_samples: samples of the update that begins at a position; None: update_size.
     """
+
+    end = None
 
     def __init__(
         self,
@@ -56,7 +58,6 @@ class PositionBatches:
         group: int = 0,
         groups: int = 1,
         cursor: int = 0,
-        end: int | None = None,
         update_samples: Callable[[int], int] | None = None,
     ):
         self.update_size = update_size
@@ -64,7 +65,6 @@ class PositionBatches:
         self.group = group
         self.groups = groups
         self.cursor = cursor
-        self.end = end
         self.update_samples = update_samples
 
         self._skipped = 0
@@ -81,7 +81,7 @@ class PositionBatches:
 
     def _batches(self) -> Iterator[list[Slot]]:
         start = self.cursor
-        while self.end is None or start < self.end:
+        while True:
             samples = self.update_samples(start) if self.update_samples else self.update_size
             local = -(-samples // (self.accumulation * self.groups))
             for turn in range(self.accumulation):
@@ -90,24 +90,65 @@ class PositionBatches:
             start += self.update_size
 
     def _slot(self, start: int, number: int, samples: int) -> Slot:
-        counts = number < samples and (self.end is None or start + number < self.end)
-        return Slot(start + min(number, samples - 1), counts, samples)
+        return Slot(start + min(number, samples - 1), number < samples, samples)
+
+
+class HeldOutBatches:
+    """Batches of validation: every position once, in batches of pictures of one size.
+
+    Every rank gets equally many full batches, since ranks wait for each other: where positions of a size run out, the
+    last slots repeat the last one and do not count.
+
+    Args:
+        positions_by_size: those of pictures of one size together.
+        local_batch_size: slots of a batch.
+        group: this rank's place among the `groups` that see different samples.
+    """
+
+    def __init__(self, positions_by_size: Sequence[np.ndarray], local_batch_size: int, group: int = 0, groups: int = 1):
+        self.positions_by_size = positions_by_size
+        self.local_batch_size = local_batch_size
+        self.group = group
+        self.groups = groups
+        self.end = sum(map(len, positions_by_size))
+        self._skipped = 0
+
+    def rest(self, given: int) -> "HeldOutBatches":
+        """What follows after the first `given` batches."""
+        rest = copy(self)
+        rest._skipped += given
+        return rest
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return itertools.islice(self._batches(), self._skipped, None)
+
+    def _batches(self) -> Iterator[list[Slot]]:
+        local = self.local_batch_size
+        for positions in self.positions_by_size:
+            for start in range(0, len(positions), local * self.groups):
+                dealt = positions[start : start + local * self.groups].tolist()
+                mine = range(self.group * local, (self.group + 1) * local)
+                yield [Slot(dealt[min(number, len(dealt) - 1)], number < len(dealt), len(dealt)) for number in mine]
 
 
 class Loader:
     """Iterates RawBatches from a cursor on; raises DataError for what no substitute can mend."""
 
     def __init__(
-        self, dataset: PositionedDataset, batches: PositionBatches, section: DataLoaderSection, worker_timeout: int = 0
+        self,
+        dataset: PositionedDataset,
+        batches: PositionBatches | HeldOutBatches,
+        section: DataLoaderSection,
+        worker_timeout: int = 0,
     ):
         self.dataset = dataset
         self.batches = batches
-        self.end = batches.end  # positions from here on only fill up batches and do not count; None: there are none
+        self.end = batches.end  # the number of positions; None: they are endless
         self._section = section
         self._worker_timeout = worker_timeout
         self._loader = self._build(batches)
 
-    def _build(self, batches: PositionBatches) -> DataLoader:
+    def _build(self, batches: PositionBatches | HeldOutBatches) -> DataLoader:
         workers = self._section.num_workers
         return DataLoader(
             self.dataset,

@@ -7,6 +7,8 @@ is the same on every layout and after every resume, and any position is found at
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from flux.data.buckets import BucketShuffle, Size
 from flux.data.shuffle import Mixture, Shuffle
 from flux.rng import keyed_bits
@@ -108,26 +110,35 @@ class PlainOrder:
 
     Args:
         lengths: of the sources.
-        size: in which all pictures are shown.
+        sizes: (width, height) in which pictures are shown: one for all, or int [sum of the lengths, 2].
         seed: key of the substitutes.
         visits: so many positions in a row have the same sample.
     """
 
-    def __init__(self, lengths: Sequence[int], size: Size, seed: int, visits: int = 1):
+    def __init__(self, lengths: Sequence[int], sizes: Size | np.ndarray, seed: int, visits: int = 1):
         self.lengths = lengths
-        self.size = size
+        self.sizes = np.broadcast_to(sizes, (sum(lengths), 2))
         self.seed = seed
         self.visits = visits
 
     def place(self, position: int, attempt: int = 0) -> Place:
-        length, position = sum(self.lengths), position // self.visits
-        # Substitutes from anywhere: neighbors of a bad sample are often bad too.
-        index = _draw(self.seed, position, attempt) % length if attempt else position % length
+        position //= self.visits
+        index = position % len(self.sizes)
+        width, height = map(int, self.sizes[index])
+        if attempt:  # from anywhere: neighbors of a bad sample are often bad too
+            alike = np.flatnonzero((self.sizes == self.sizes[index]).all(axis=1))
+            index = int(alike[_draw(self.seed, position, attempt) % len(alike)])
         for source, length in enumerate(self.lengths):
             if index < length:
-                return Place(source, index, self.size)
+                return Place(source, index, (width, height))
             index -= length
         raise AssertionError("the index is below the sum of the lengths")
+
+    def positions_by_size(self, end: int) -> list[np.ndarray]:
+        """The positions before `end`, those of pictures of one size together."""
+        samples = np.arange(end) // self.visits % len(self.sizes)
+        _, numbers = np.unique(self.sizes[samples], axis=0, return_inverse=True)
+        return [np.flatnonzero(numbers.ravel() == number) for number in range(numbers.max() + 1)]
 
 
 def _draw(seed: int, position: int, attempt: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 from tests.distributed.layouts import build_trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import BATCH, CP, REPLICATE, TP
+from tests.integration.short_runs import TINY
 from tests.unit.flux.whole_clip import save_clip
 from training.metrics import METRICS_NAME
 
@@ -76,6 +77,26 @@ def held_out(tmp_path_factory) -> str:
     return f"--validation.dataset_path={folder}"
 
 
+BUCKETS = ("--training.img_size=64", "--data.buckets.enable", "--data.buckets.step=32", "--encoder.dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def stored_shapes(tmp_path_factory) -> tuple[str, ...]:
+    """The options of a validation on a cache of pictures of several shapes."""
+    from PIL import Image
+
+    from scripts import preencode
+
+    folder = tmp_path_factory.mktemp("stored")
+    for number in range(PICTURES):
+        size = [(64, 64), (96, 64), (64, 96)][number % 3]
+        Image.new("RGB", size, (number * 15, 90, 255 - number * 15)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"color number {number}")
+    pictures = ("--training.dataset=imagefolder", f"--training.dataset_path={folder}", f"--out={folder / 'cache'}")
+    preencode.main([*TINY, *BUCKETS, *pictures], rank=0, world_size=1)
+    return (*BUCKETS, "--validation.dataset=cache", f"--validation.dataset_path={folder / 'cache'}")
+
+
 @pytest.fixture(scope="module")
 def one_process(held_out) -> dict:
     return run(1, BATCH(8), *VALIDATE, VALIDATE_AT(4), held_out)
@@ -92,6 +113,16 @@ def test_a_layout_validates_like_one_process(one_process, held_out, name):
         difference = np.abs(found["pixels"][picture].astype(float) - theirs.astype(float)).max()
         assert difference <= 255 * PIXEL_TOLERANCE + 1, picture  # + rounding to 8 bits
     assert found["next"] == run(processes, *options)["next"], "training does not notice validation"
+
+
+@pytest.mark.slow
+def test_pictures_of_several_shapes_on_any_layout(stored_shapes):
+    options = (*(option for option in VALIDATE if "dataset" not in option), "--validation.eval_freq=0", *stored_shapes)
+    alone = run(1, BATCH(8), *options, VALIDATE_AT(4))["figures"]
+    for processes, layout in ((2, (BATCH(4), VALIDATE_AT(3))), (2, (BATCH(8), VALIDATE_AT(2), CP(2)))):
+        found = run(processes, *options, *layout)["figures"]
+        assert found == pytest.approx(alone, rel=LOSS_TOLERANCE)
+    assert len([name for name in alone if "/t=" in name]) == 2 * 8
 
 
 def test_every_figure_is_there_and_the_average_is_another_model(one_process):

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 from config.parse import load_config
+from flux.data.build import Deal, build_validation_loader, open_data
 from flux.data.cache import shard_name
+from flux.data.dataset import Slot, collate
+from flux.inputs import make_inputs
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
 from scripts import preencode
@@ -22,6 +25,7 @@ from train import FluxTrainer, main
 # Batches of other sizes round differently, in fp32 and in bfloat16.
 CACHE_TOLERANCE = 5e-4
 PICTURES, BAD = 24, 7
+ROUNDING = 1e-6  # relative; fp32 sums in batches of other sizes
 NO_VALIDATION = "--validation.enable=false"
 # Every sample is encoded by itself, live as in the cache.
 ONE_BY_ONE = ("--training.local_batch_size=1", "--training.global_batch_size=8", NO_VALIDATION)
@@ -145,6 +149,62 @@ def test_buckets_go_through_a_cache(train, data, tmp_path):
     live = train(*data, *ONE_BY_ONE, *buckets)
     run = train(*cached(encode(tmp_path, data, *buckets)), *ONE_BY_ONE, *buckets)
     assert run.series("loss") == live.series("loss")
+
+
+@pytest.fixture
+def bucket_run(data, tmp_path):
+    """Options of a run that trains and validates on a cache of several shapes."""
+    buckets = ["--data.buckets.enable", "--data.buckets.step=16", "--training.img_size=48"]
+    folder = encode(tmp_path, data, *buckets)
+    validation = ["--validation.dataset=cache", f"--validation.dataset_path={folder}", "--validation.steps=-1"]
+    return [*cached(folder), *buckets, *validation, "--validation.eval_freq=0"]
+
+
+def build_trainer(tmp_path, *options: str) -> FluxTrainer:
+    config = load_config([*TINY, f"--job.dump_folder={tmp_path}", *options])
+    return FluxTrainer(config, tmp_path, Layout(Degrees(), torch.device("cpu")))
+
+
+def test_every_stored_shape_is_validated_by_its_own_size(bucket_run, tmp_path):
+    trainer = build_trainer(tmp_path, *bucket_run, "--training.steps=2")
+    trainer.train()
+    dataset, errors, sizes = trainer.evaluator.loader.dataset, [], []
+    for position in range(PICTURES):
+        raw = collate([dataset[Slot(position, True, 1)]])
+        inputs, target_BTC = make_inputs(trainer.encoders.encode(raw), raw.draws, trainer.spec, 1.0, trainer.dtype)
+        with torch.no_grad():
+            errors.append((trainer.model(**inputs) - target_BTC).square().mean().item())
+        sizes.append(target_BTC.numel())
+    assert len(set(sizes)) > 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (loss,) = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert loss == pytest.approx(np.mean(errors), rel=ROUNDING)
+    for size in set(sizes):
+        assert loss != pytest.approx(np.mean(np.multiply(errors, sizes)) / size, rel=1000 * ROUNDING), "control"
+
+
+@pytest.mark.parametrize("more", [["--validation.local_batch_size=1"], ["--validation.local_batch_size=5"]])
+def test_the_batches_of_stored_shapes_do_not_matter(train, bucket_run, more):
+    four, other = train(*bucket_run), train(*bucket_run, *more)
+    assert other.series("validation_loss") == pytest.approx(four.series("validation_loss"), rel=ROUNDING)
+    assert other.series("validation_loss/t=0.0625") == pytest.approx(four.series("validation_loss/t=0.0625"), rel=1e-5)
+
+
+def test_a_part_of_a_cache_of_several_shapes_is_held_out(train, bucket_run):
+    options = [option for option in bucket_run if not option.startswith("--validation.dataset")]
+    assert len(train(*options).series("validation_loss")) == 1
+
+
+def test_stored_shapes_that_do_not_fit(capfd, bucket_run, tmp_path):
+    options = [option for option in bucket_run if option != "--data.buckets.enable"]
+    training = ["--training.dataset=shapes", f"--job.dump_folder={tmp_path / 'run'}"]
+    code, said = fail(capfd, *options, *training)
+    assert code == 2 and "those of buckets need data.buckets.enable=true" in said
+    trainer = build_trainer(tmp_path, *bucket_run)
+    config = trainer.config
+    data = open_data(config.training, config.validation, config.data, config.encoder, trainer.spec)
+    with pytest.raises(ValueError, match="context_parallel_degree=5 must divide the 8 image tokens of every bucket"):
+        build_validation_loader(data, trainer.encoders.tokenizer, Deal(0, sharing=5))
 
 
 def test_a_cache_goes_on_where_it_stopped(data, tmp_path):

@@ -29,7 +29,7 @@ from flux.data.cache_writer import CacheWriter, SamplesToEncode, check_parts, cl
 from flux.data.dataset import OpenSource, PositionedDataset, Slot, ValidationDraws, collate
 from flux.data.decode import DecodeRules
 from flux.data.errors import BadSample, DataError
-from flux.data.loader import Loader, PositionBatches
+from flux.data.loader import HeldOutBatches, Loader
 from flux.data.order import PlainOrder
 from flux.data.sample import Sample
 from flux.data.tokenizers import build_tokenizer
@@ -136,7 +136,7 @@ def test_bad_samples_are_noted_and_replaced(cache):
     assert (caught.value.reason, caught.value.key, caught.value.shard) == ("damaged", f"key {BAD}", shard_name(1))
     order, draws = PlainOrder([SAMPLES], (32, 32), 5), ValidationDraws(seed=5)
     dataset = PositionedDataset([OpenSource(source, RULES)], order, None, SPEC, draws)
-    loader = Loader(dataset, PositionBatches(5, end=10), DataLoader(num_workers=1))
+    loader = Loader(dataset, HeldOutBatches([np.arange(10)], 5), DataLoader(num_workers=1))
     raws = list(loader)
     captions = [caption for raw in raws for caption in raw.captions]
     assert captions[:BAD] + captions[BAD + 1 :] == [f"noise {number}" for number in range(10) if number != BAD]

@@ -290,3 +290,14 @@ def test_plain_order_goes_through_all_sources():
     substitutes = {order.place(1, attempt) for attempt in range(1, 40)}
     assert {place[:2] for place in substitutes} == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}, "from anywhere"
     assert isinstance(order.place(1), Place)
+
+
+def test_plain_order_of_several_sizes():
+    sizes = np.array([(32, 32), (48, 32), (32, 32), (48, 32), (32, 48)])
+    order = PlainOrder([2, 3], sizes, 5)
+    assert [order.place(position).size for position in range(6)] == [tuple(sizes[number % 5]) for number in range(6)]
+    assert {order.place(0, attempt)[:2] for attempt in range(1, 40)} == {(0, 0), (1, 0)}, "of the same size"
+    assert [part.tolist() for part in order.positions_by_size(8)] == [[0, 2, 5, 7], [4], [1, 3, 6]]
+    twice = PlainOrder([2, 3], sizes, 5, visits=2)
+    assert [part.tolist() for part in twice.positions_by_size(6)] == [[0, 1, 4, 5], [2, 3]]
+    assert [part.tolist() for part in PlainOrder([5], (32, 32), 5).positions_by_size(7)] == [list(range(7))]

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from flux.config import DataLoader, Encoder
 from flux.data.dataset import OpenSource, PositionedDataset, Slot, TrainingDraws, ValidationDraws
 from flux.data.decode import DecodeRules
 from flux.data.errors import DataError
-from flux.data.loader import Loader, PositionBatches
+from flux.data.loader import HeldOutBatches, Loader, PositionBatches
 from flux.data.order import PlainOrder, ShuffledOrder
 from flux.data.sample import Sample, Shard
 from flux.data.shapes import ShapesSource
@@ -114,20 +115,27 @@ def test_ranks_share_out_the_same_samples(tokenizer):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize(("cursor", "end"), [(0, 1), (0, 8), (0, 10), (0, 23), (0, 24), (5, 23), (7, 8), (9, 9)])
-def test_ranks_get_equally_many_full_batches(ranks, cursor, end):
-    """They wait for each other; what lies beyond the end only fills up the last batches."""
-    dealt = [list(PositionBatches(4 * ranks, 1, rank, ranks, cursor, end)) for rank in range(ranks)]
+@pytest.mark.parametrize("lengths", [(1,), (8,), (10,), (24,), (23, 1), (5, 9, 2)])
+def test_ranks_get_equally_many_full_batches(ranks, lengths):
+    """They wait for each other; of each size, the last position fills up the last batches."""
+    end = sum(lengths)
+    by_size = np.split(np.random.default_rng(0).permutation(end), np.cumsum(lengths)[:-1])
+    dealt = [list(HeldOutBatches(by_size, 4, rank, ranks)) for rank in range(ranks)]
     assert len({len(batches) for batches in dealt}) == 1
     assert all(len(batch) == 4 for batches in dealt for batch in batches)
     slots = [slot for batches in dealt for batch in batches for slot in batch]
-    assert sorted(slot.position for slot in slots if slot.counts) == list(range(cursor, end))
-    assert len(slots) < end - cursor + 4 * ranks, "no round without a position that counts"
+    assert sorted(slot.position for slot in slots if slot.counts) == list(range(end))
+    assert len(slots) < end + 4 * ranks * len(lengths), "no round without a position that counts"
+    size_of = {position: number for number, part in enumerate(by_size) for position in part.tolist()}
+    for together in zip(*dealt, strict=True):
+        assert len({size_of[slot.position] for batch in together for slot in batch}) == 1
+    for given in (0, 1, 3):
+        assert list(HeldOutBatches(by_size, 4, 0, ranks).rest(1).rest(given)) == dealt[0][1 + given :]
 
 
 def dealt_positions(updates: int, size: int, accumulation: int, ranks: int, samples=None) -> list[list[int]]:
     """The positions that count, of every update."""
-    parts = [iter(PositionBatches(size, accumulation, rank, ranks, 12, None, samples)) for rank in range(ranks)]
+    parts = [iter(PositionBatches(size, accumulation, rank, ranks, 12, samples)) for rank in range(ranks)]
     dealt = []
     for _ in range(updates):
         batches = [next(part) for part in parts for _ in range(accumulation)]
@@ -159,17 +167,15 @@ def test_what_follows_after_some_batches(given):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_samples_beyond_the_source_fill_up(tokenizer, ranks):
-    """A source of 3 is dealt in batches of 4: positions 3 and on show its pictures again, at other times."""
+    """A source of 3 is dealt in batches of 3: positions 3 and on show its pictures again, at other times."""
     dataset = make_dataset(tokenizer, ValidationDraws(seed=5), ShortSource(3))
-    loaders = [
-        Loader(dataset, PositionBatches(4 * ranks, 1, rank, ranks, end=8), DataLoader()) for rank in range(ranks)
-    ]
+    loaders = [Loader(dataset, HeldOutBatches([np.arange(8)], 3, rank, ranks), DataLoader()) for rank in range(ranks)]
     samples = {}
     for loader in loaders:
         assert loader.end == 8
         for raw in loader:
             samples |= by_position(raw)
-    assert set(range(8)) <= samples.keys()
+    assert set(range(8)) == samples.keys()
     for position, sample in samples.items():
         assert (sample["caption"],) == ShortSource(3)[position % 3].captions
         assert sample["t"].item() == (position % 8 + 0.5) / 8
@@ -222,12 +228,12 @@ def test_no_dropout_keeps_every_prompt(tokenizer):
 
 
 def test_validation_is_the_same_at_every_pass(tokenizer):
-    loader = Loader(make_dataset(tokenizer, ValidationDraws(seed=5)), PositionBatches(4, end=10), DataLoader())
+    loader = Loader(make_dataset(tokenizer, ValidationDraws(seed=5)), HeldOutBatches([np.arange(10)], 4), DataLoader())
     first, second = ([*loader], [*loader])
     assert [len(raw.captions) for raw in first] == [4, 4, 4] and loader.end == 10
     samples, again = ({k: v for raw in passes for k, v in by_position(raw).items()} for passes in (first, second))
     assert_bit_equal(samples, again)
-    assert sorted(samples) == list(range(12))
+    assert sorted(samples) == list(range(10))
     assert [samples[position]["t"].item() for position in range(10)] == [(k % 8 + 0.5) / 8 for k in range(10)]
     assert [samples[p]["caption"] for p in range(10)] == [ShortSource()[index].captions[0] for index in range(10)]
 
@@ -316,7 +322,7 @@ def test_a_dying_worker_does_not_interrupt_what_runs_meanwhile(tokenizer, tmp_pa
 
 def test_a_pass_after_a_replacement_is_a_whole_one(tokenizer, tmp_path):
     dataset = make_dataset(tokenizer, ValidationDraws(seed=5), Trouble(tmp_path, "die", 1))
-    loader = Loader(dataset, PositionBatches(2, end=10), DataLoader(num_workers=1), worker_timeout=60)
+    loader = Loader(dataset, HeldOutBatches([np.arange(10)], 2), DataLoader(num_workers=1), worker_timeout=60)
     first, second = (sorted(int(position) for raw in loader for position in raw.position_B) for _ in range(2))
     assert (tmp_path / "0").exists() and first == second == list(range(10))
 
