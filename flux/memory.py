@@ -92,8 +92,11 @@ def outputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
 
 def backward_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
     """Bytes of gradients in flight in a block's backward pass: of its output, and of what its widest layer made."""
-    wide = (3 * config.hidden_size + _mlp_in(config)) / batch.tensor_parallel
-    return round(batch.samples * batch.tokens * batch.itemsize * (config.hidden_size / 2 + wide))
+    D, tp = config.hidden_size, batch.tensor_parallel
+    per_token = batch.itemsize * (D / 2 + (3 * D + _mlp_in(config)) / tp)
+    if batch.on_cpu and batch.itemsize != _FLOAT32:
+        per_token += _FLOAT32 * 2 * D / tp  # of queries and keys, which a CPU normalizes in fp32
+    return round(batch.samples * batch.tokens * per_token)
 
 
 def peak_bytes(
@@ -112,10 +115,9 @@ def peak_bytes(
     peak = max(inputs + sum(held) + outputs_bytes(config, batch), sum(gradients))
     for index in reversed(range(len(kept))):
         whole = max(held[index], block_bytes(config, batch, at_most, is_double[index]))
-        peak = max(
-            peak,
-            inputs + sum(held[:index]) + whole + in_flight + sum(gradients[index + 1 : -1]) + gradients[index] // 2,
-        )
+        come = sum(gradients[index + 1 : -1])
+        # At first nothing of the block's own gradients is there, in the end nothing of its activations.
+        peak = max(peak, inputs + sum(held[:index]) + come + max(whole + in_flight, gradients[index]))
     return peak
 
 

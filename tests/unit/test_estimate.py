@@ -107,16 +107,15 @@ def kept_by_formula(config: JobConfig, ranks: int = 1) -> int:
     [
         (TINY, 32),
         pytest.param(TINY, 1, marks=pytest.mark.slow),
+        pytest.param(DEBUG, 4, marks=pytest.mark.slow),
         pytest.param(DEBUG, 64, marks=pytest.mark.slow),
     ],
-    ids=["tiny", "tiny, one sample", "debug"],
+    ids=["tiny", "tiny, one sample", "debug", "debug, many samples"],
 )
 def test_activations(model: tuple[str, ...], samples: int, precision: str, mode: str, no_initialization: None) -> None:
     config = configure(*model, precision, f"--training.local_batch_size={samples}", *MODES[mode])
     tracked = track(config)
     assert kept_by_formula(config) == pytest.approx(tracked.kept, rel=KEPT_TOLERANCE)
-    if samples == 1:
-        return  # gradients of the weights are most of it
     transformer = SPECS[config.model.flavor].transformer
     itemsize = 4 if precision == FLOAT32 else 2
     gradients = [itemsize * count for count in local_elements(transformer, Degrees())]
