@@ -123,6 +123,7 @@ def test_activations(model: tuple[str, ...], samples: int, precision: str, mode:
     assert peak == pytest.approx(tracked.peak, rel=PEAK_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "op"])
 @pytest.mark.parametrize("sharing", ["ulysses", "allgather", "ring", "tensor parallel"])
 @pytest.mark.parametrize(
