@@ -101,8 +101,7 @@ class FluxTrainer:
         self.config = config = settle_seed(config, saved.get("seed"), partial(draw_seed, layout))
         self.seed, self.folder, self.layout = cast(int, config.debug.seed), folder, layout
         training, validation, degrees = config.training, config.validation, layout.degrees
-        self.step = found.step if found else 0  # finished updates
-        self.cursor = found.samples_seen if found else 0  # positions that finished updates have used
+        self.step, self.cursor = (found.step, found.samples_seen) if found else (0, 0)  # updates done, positions used
         self.device, self.dtype = layout.device, compute_dtype(config)
         self.peaks = measure_peaks(layout, self.dtype)
         log_stage(1, STAGES, "mesh", f"{layout.describe()}, {torch.get_num_threads()} threads, {self.peaks.describe()}")

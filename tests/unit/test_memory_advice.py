@@ -61,8 +61,10 @@ def test_a_remedy_keeps_the_updates_and_the_rules() -> None:
     assert f"{SHARD}=2 on twice as many GPUs" in names(find_remedies(accumulated, Degrees(), "cuda"))
     alone = config_of("--training.local_batch_size=1")
     assert SHARD not in names(find_remedies(alone, Degrees(), "cuda")), "one sample cannot be dealt to two ranks"
-    tokens = config_of("--training.local_batch_size=2", "--model.converters=quantize.linear.float8")
-    assert find_remedies(tokens, Degrees(), "cuda"), "the control: others are named"
+    halves = config_of("--parallelism.tensor_parallel_degree=2", world_size=2)
+    for copies, is_named in ((3, False), (2, True)):  # with tensor parallel, 6 shards do not divide the width of 256
+        told = names(find_remedies(halves, Degrees(dp_replicate=copies, dp_shard=2, tp=2), "cuda"))
+        assert (SHARD in told) == is_named
 
 
 def test_what_does_not_fit_before_the_first_step() -> None:
