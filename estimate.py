@@ -11,6 +11,7 @@ import torch
 
 from build import DTYPES, compute_dtype
 from config.job_config import JobConfig
+from flux.data.build import ENCODED
 from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
 from flux.memory import Keep, LocalBatch, block_bytes, peak_bytes
@@ -24,7 +25,6 @@ from parallel.degrees import Degrees
 from parallel.estimate import Links, WeightTraffic, local_numel, token_seconds
 from runtime.hardware import Accelerator
 
-STORED = ("cache", "mlperf")  # data sets that need no encoder
 OPTIMIZER_STATES = 2  # running means of the gradient and of its square
 UPDATE_PASSES = 7  # an update reads weight, gradient and both states, and writes all but the gradient
 # Of what links and matrix units are sold with, what programs get: 788 of an H200's 989 TFLOP/s.
@@ -91,7 +91,7 @@ def local_elements(transformer: TransformerConfig, degrees: Degrees) -> list[int
 def is_stored(config: JobConfig) -> bool:
     """Whether the training data are encoded already."""
     names = [one.dataset for one in config.data.sources if one.weight] or [config.training.dataset]
-    return all(name in STORED for name in names)
+    return all(name in ENCODED for name in names)
 
 
 def needed_encoders(config: JobConfig) -> dict[str, EncoderCost]:
