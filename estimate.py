@@ -14,7 +14,7 @@ from config.job_config import JobConfig
 from flux.data.build import ENCODED
 from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
-from flux.memory import Keep, LocalBatch, block_bytes, peak_bytes
+from flux.memory import Keep, LocalBatch, block_bytes, list_blocks, peak_bytes
 from flux.model import FluxTransformer
 from flux.plans import make_plan
 from flux.spec import SPECS, TransformerConfig
@@ -226,8 +226,8 @@ def _memory_traffic(config: JobConfig, degrees: Degrees) -> float:
     training, transformer = config.training, SPECS[config.model.flavor].transformer
     batch, (kept, whole) = local_batch(config, degrees, on_cpu=False), kept_levels(config)
     activations = 0.0
-    for index, keep in enumerate(kept):
-        most, least = (block_bytes(transformer, batch, level, index < transformer.depth) for level in (whole, keep))
+    for block, keep in zip(list_blocks(transformer), kept, strict=True):
+        most, least = (block_bytes(transformer, batch, level, block) for level in (whole, keep))
         activations += most + (most - least) / 3  # the forward pass, a third of it, once more
     activations *= PASSES_FUSED if whole is Keep.COMPILED else PASSES
     local, itemsize = sum(local_elements(transformer, degrees)), DTYPES[training.dtype].itemsize

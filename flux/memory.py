@@ -5,7 +5,7 @@ What autograd keeps was read off tensor by tensor; the tests compare the sums wi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,14 @@ class Keep(IntEnum):
     PRODUCTS = 1  # of matrices and of attention, and what was communicated: "selective" with option "op"
     COMPILED = 2  # what the compiler chooses by itself: "none" with compile.enable
     ALL = 3  # whatever autograd asks for: "none"
+
+
+class Block(Enum):
+    """The kinds of blocks that a transformer consists of."""
+
+    DOUBLE = "double"
+    SINGLE = "single"
+    LAST = "last"  # a single one that leaves the text out
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,16 @@ class _Kept(NamedTuple):
     last: Keep = Keep.ALL  # level that does; one that keeps more may have no use for it
 
 
+def list_blocks(config: TransformerConfig) -> list[Block]:
+    """The blocks in the order of the forward pass."""
+    singles = [Block.SINGLE] * (config.depth_single - 1) + [Block.LAST] if config.depth_single else []
+    return [Block.DOUBLE] * config.depth + singles
+
+
 @cache
-def block_bytes(config: TransformerConfig, batch: LocalBatch, keep: Keep, double: bool) -> int:
+def block_bytes(config: TransformerConfig, batch: LocalBatch, keep: Keep, block: Block) -> int:
     """Bytes that one block keeps for its backward pass, its inputs included."""
-    tensors = (_double_block if double else _single_block)(config, batch)
+    tensors = _double_block(config, batch) if block is Block.DOUBLE else _single_block(config, batch, block)
     per_sample = sum(
         one.itemsize * (batch.tokens * one.per_token + one.per_sample)
         for one in tensors
@@ -85,7 +99,8 @@ def inputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
 
 def outputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
     """Bytes that are kept for what comes after the blocks: last layer and loss."""
-    layer = (batch.tokens + 2 * batch.image_tokens) * config.hidden_size
+    given = batch.image_tokens if config.depth_single else batch.tokens  # by the last block
+    layer = (given + 2 * batch.image_tokens) * config.hidden_size
     loss = batch.image_tokens * config.in_channels
     return batch.samples * (batch.itemsize * layer + _FLOAT32 * loss)
 
@@ -109,12 +124,12 @@ def peak_bytes(
         at_most: what a block that is computed again holds by then.
         gradients: bytes of the gradients of each block's weights, then of all others: they come as activations go.
     """
-    is_double = [index < config.depth for index in range(len(kept))]
-    held = [block_bytes(config, batch, keep, double) for keep, double in zip(kept, is_double, strict=True)]
+    blocks = list_blocks(config)
+    held = [block_bytes(config, batch, keep, block) for keep, block in zip(kept, blocks, strict=True)]
     inputs, in_flight = inputs_bytes(config, batch), backward_bytes(config, batch)
     peak = max(inputs + sum(held) + outputs_bytes(config, batch), sum(gradients))
     for index in reversed(range(len(kept))):
-        whole = max(held[index], block_bytes(config, batch, at_most, is_double[index]))
+        whole = max(held[index], block_bytes(config, batch, at_most, blocks[index]))
         come = sum(gradients[index + 1 : -1])
         # At first nothing of the block's own gradients is there, in the end nothing of its activations.
         peak = max(peak, inputs + sum(held[:index]) + come + max(whole + in_flight, gradients[index]))
@@ -141,14 +156,16 @@ def _double_block(config: TransformerConfig, batch: LocalBatch) -> Iterator[_Kep
     yield from _attention(config, batch, separate_values=True)
 
 
-def _single_block(config: TransformerConfig, batch: LocalBatch) -> Iterator[_Kept]:
+def _single_block(config: TransformerConfig, batch: LocalBatch, block: Block) -> Iterator[_Kept]:
     D, tp, item = config.hidden_size, batch.tensor_parallel, batch.itemsize
+    read = batch.image_tokens / batch.tokens if block is Block.LAST else 1  # share of the tokens that come out
     yield _Kept(Keep.INPUTS, D, item)
     modulation = 0 if config.shared_modulation else 3 * D
-    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + D, item, modulation)  # out of linear1 and linear2
+    # Out of linear1 and linear2.
+    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + read * D, item, modulation)
     if tp > 1:
-        yield _Kept(Keep.PRODUCTS, D, item, last=Keep.PRODUCTS)
-    yield _Kept(Keep.COMPILED, D + (D + mlp_width(config)) / tp, item, D)  # modulated, into linear2; silu
+        yield _Kept(Keep.PRODUCTS, read * D, item, last=Keep.PRODUCTS)
+    yield _Kept(Keep.COMPILED, D + read * (D + mlp_width(config)) / tp, item, D)  # modulated, into linear2; silu
     yield _Kept(Keep.COMPILED, 2, _FLOAT32)
     yield _Kept(Keep.ALL, D, item, D)  # normalized; 1 + scale
     yield from _attention(config, batch, separate_values=False)

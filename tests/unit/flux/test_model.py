@@ -288,6 +288,20 @@ def test_attention_can_be_replaced():
     assert shapes == [(shape, shape, shape)] * (CONFIG.depth + CONFIG.depth_single)
 
 
+def test_the_last_block_leaves_out_what_nobody_reads():
+    """Text is attended to and gets its gradient; only its own way through the last layer is missing."""
+    block, (x_BSD, vec_BD) = SingleBlock(CONFIG), (torch.randn(2, 9, 64), torch.randn(2, 64))
+    rotary = rotary_table(torch.zeros(2, 9, 3, dtype=torch.int64), CONFIG.axes_dim, CONFIG.theta)
+    outcomes = []
+    for unread in (4, 0):
+        x_BSD = x_BSD.detach().requires_grad_()
+        y_BSD = block(x_BSD, vec_BD, rotary, None, None, unread)[:, -5:]
+        outcomes.append((y_BSD, *torch.autograd.grad(y_BSD.square().sum(), (x_BSD, *block.parameters()))))
+    for short, whole in zip(*outcomes, strict=True):
+        assert torch.allclose(short, whole, rtol=0, atol=TOLERANCE * whole.abs().max().item())
+    assert outcomes[0][1][:, :4].abs().max() > 0
+
+
 def test_modulation_can_be_handed_in():
     """One value for all tokens, or one for each; then the block's own linear is not asked."""
     model = build()
