@@ -1,207 +1,315 @@
-"""Speed of one training step of the transformer: forward, loss and backward, on the device that is there.
+"""Speed and memory of a training step: whole updates of train.py on random data, on the device that is there.
 
-    python -m benchmarks.train_step --flavor flux-debug --dtype bfloat16
+    python -m benchmarks.train_step --model.flavor flux-debug --training.mixed_precision_param bfloat16
+    python -m benchmarks.train_step --against naive diffusers --json outputs/step.json
+    torchrun --nproc_per_node=8 -m benchmarks.train_step --job.config_file train_configs/flux_schnell.toml
 
-Encoders, data and optimizer are left out, so that the number is the transformer's alone. Where diffusers is installed,
-the same step runs through its transformer with the same weights (converted by the checkpoint rules), step by step in
-turns: what disturbs the machine disturbs both, and the ratio of each pair stays comparable.
+Options are those of train.py, and the few below. What is compared runs in one process: on a CPU step by step in turns,
+so that what disturbs the machine disturbs all and the ratio of neighbors stays comparable; on a GPU one after the
+other, so that each has the memory for itself.
+
+    update       a whole update: encoders, forward, loss, backward, clipping, optimizer
+    naive        the same without compilation, with every block recomputed and its weights gathered twice
+    transformer  forward, loss and backward alone
+    diffusers    the same through diffusers' FluxTransformer2DModel with the same weights
 """
 
 import argparse
+import contextlib
+import gc
 import importlib.util
+import itertools
 import json
+import os
 import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from build import build_model, draw_weights
-from checkpoint.adapter import to_hf
+import train
+from benchmarks.clock import Clock, Times, compare, measure
+from build import build_run_layout, choose_techniques, compute_dtype, measure_peaks
 from config.job_config import JobConfig
-from flux.config import Training
+from config.parse import load_config
+from estimate import estimate_memory, needed_encoders
+from flux.batch import RawBatch
+from flux.data.random_samples import write_random_samples
 from flux.flops import training_flops
 from flux.flow import squared_errors
-from flux.model import FluxTransformer
-from flux.positions import image_ids, text_ids
-from flux.spec import PIXELS_PER_TOKEN, SPECS, ModelSpec
+from flux.inputs import make_inputs
+from flux.spec import SPECS
 from parallel.config import ActivationCheckpoint
-from parallel.degrees import Degrees
-from parallel.mesh import Layout
-from runtime.config import Debug
+from parallel.mesh import Layout, close_layout
+from parallel.parallelize import check_techniques
+from parallel.shards import gather_state_dict, local_part
+from runtime.exit_record import recorded_exit
+from train import EXIT_CODES, FluxTrainer
+from training.metrics import peak_memory_gib
 
-Step = Callable[[], Tensor]  # one training step; returns the prediction
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Random inputs of one step; the time of a matrix product can depend on the numbers, so none of them is zero."""
-
-    inputs: dict[str, Tensor]
-    target_BTC: Tensor
-
-
-def make_batch(spec: ModelSpec, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Batch:
-    config, side = spec.transformer, args.img_size // PIXELS_PER_TOKEN
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(args.batch, *shape, generator=generator).to(device, dtype)
-
-    inputs = {
-        "img_BTC": normal(side * side, config.in_channels),
-        "img_ids_BTA": image_ids(spec.positions, side, side).expand(args.batch, -1, -1).to(device),
-        "txt_BLE": normal(args.text_tokens, config.context_dim),
-        "txt_ids_BLA": text_ids(spec.positions, args.text_tokens, side, side).expand(args.batch, -1, -1).to(device),
-        "t_B": torch.rand(args.batch, generator=generator).to(device),
-    }
-    if config.pooled_dim:
-        inputs["pooled_BV"] = normal(config.pooled_dim)
-    if config.guidance_embed:
-        inputs["guidance_B"] = torch.full((args.batch,), 3.5, device=device)
-    return Batch(inputs, normal(side * side, config.in_channels))
+Step = Callable[[], Tensor | None]  # one step; returns the prediction, where there is one to compare
+UPDATE, NAIVE, TRANSFORMER, DIFFUSERS = "update", "naive", "transformer", "diffusers"
+COMPARED = {UPDATE: NAIVE, TRANSFORMER: DIFFUSERS}
+DEFAULTS = [
+    "--job.config_file=train_configs/flux_tiny.toml",
+    "--validation.enable=false",
+    "--checkpoint.enable=false",
+    "--metrics.log_freq=1000000000",
+    "--optimizer.lr=1e-6",  # nothing is to be learned from noise
+    "--debug.seed=0",
+]
+NAIVE_OPTIONS = [
+    "--compile.enable=false",
+    "--activation_checkpoint.mode=full",
+    "--activation_checkpoint.ratio=1",
+    "--parallelism.fsdp_reshard_after_forward=always",
+]
+GIB = 2**30
+# A CPU's allocator would give large gradients back to the system at every step; run_train.sh sets the same.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
-def build_native(spec: ModelSpec, device: torch.device, dtype: Literal["float32", "bfloat16"]) -> FluxTransformer:
-    """The model with random weights everywhere: fresh training weights hold zeros, which no later step sees."""
-    config = JobConfig(
-        training=Training(dtype=dtype, mixed_precision_param=dtype),
-        activation_checkpoint=ActivationCheckpoint(mode="none"),
-        debug=Debug(seed=0),
-    )
-    layout = Layout(Degrees(), device)
-    model = build_model(config, spec, layout)
-    draw_weights(config, model, layout)
-    generator = torch.Generator(device).manual_seed(0)
+@contextlib.contextmanager
+def timed_regions(clock: Clock) -> Iterator[None]:
+    """Inside, the clock takes the times of what the profiler shows as regions."""
+    original = train.region
+    setattr(train, "region", clock.region)  # noqa: B010  mypy takes it for a class that must stay one
+    try:
+        yield
+    finally:
+        setattr(train, "region", original)  # noqa: B010
+
+
+def build_trainer(config: JobConfig, layout: Layout, folder: Path) -> FluxTrainer:
+    """A trainer with random weights everywhere: fresh ones hold zeros, which no later step sees."""
+    folder.mkdir(exist_ok=True)
+    trainer = FluxTrainer(config, folder, layout)
+    generator = torch.Generator(local_part(next(trainer.model.parameters())).device).manual_seed(layout.rank)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5, generator=generator)
-    return model
+        for parameter in trainer.model.parameters():
+            local_part(parameter).normal_(std=0.6 / parameter.shape[-1] ** 0.5, generator=generator)
+    return trainer
 
 
-def build_diffusers(spec: ModelSpec, native: FluxTransformer) -> nn.Module:
-    """Diffusers' transformer of the same sizes with the weights of `native`."""
-    from diffusers import FluxTransformer2DModel
-
-    config = spec.transformer
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_dim,
-            pooled_projection_dim=config.pooled_dim,
-            guidance_embeds=config.guidance_embed,
-            axes_dims_rope=config.axes_dim,
-        )
-    weights = {key: value.clone() for key, value in to_hf(native.state_dict(), spec.diffusers_rules).items()}
-    model.load_state_dict(weights, assign=True)
-    return model.train()
+def endless(trainer: FluxTrainer) -> Iterator[RawBatch]:
+    """The batches of one update again and again, so that none is waited for."""
+    batches = itertools.islice(trainer.loader, trainer.accumulation)
+    return itertools.cycle([raw.pin_memory() if trainer.device.type == "cuda" else raw for raw in batches])
 
 
-def build_step(model: nn.Module, predict: Callable[[], Tensor], target_BTC: Tensor) -> Step:
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        velocity_BTC = predict()
-        (squared_errors(velocity_BTC, target_BTC).sum() / target_BTC.numel()).backward()
-        return velocity_BTC.detach()
+def build_update(config: JobConfig, layout: Layout, folder: Path) -> Step:
+    trainer = build_trainer(config, layout, folder)
+    batches = endless(trainer)
+
+    def step() -> None:
+        trainer.train_step(batches)
 
     return step
 
 
-def native_step(model: FluxTransformer, batch: Batch) -> Step:
-    return build_step(model, lambda: model(**batch.inputs), batch.target_BTC)
+def build_transformer(config: JobConfig, layout: Layout, folder: Path, by_diffusers: bool) -> Step:
+    trainer = build_trainer(config, layout, folder)
+    raw = next(endless(trainer)).to(trainer.device)
+    encoded = trainer.encoders.encode(raw)
+    inputs, target_BTC = make_inputs(encoded, raw.draws, trainer.spec, config.training.guidance, trainer.dtype)
+    if by_diffusers:
+        from benchmarks.diffusers_peer import build_diffusers, predict_by_diffusers
+
+        model = build_diffusers(trainer.spec, gather_state_dict(trainer.model.state_dict(), keep=True)).to(
+            layout.device
+        )
+        mixed = trainer.dtype is not model.dtype
+        precision = torch.autocast(layout.device.type, trainer.dtype) if mixed else contextlib.nullcontext()
+        return build_step(model, lambda: predict_by_diffusers(model, inputs), squared_errors, target_BTC, precision)
+    model = trainer.model
+    return build_step(model, lambda: model(**inputs), trainer.loss, target_BTC, contextlib.nullcontext())
 
 
-def diffusers_step(model: nn.Module, batch: Batch) -> Step:
-    inputs = batch.inputs
+def build_step(
+    model: nn.Module,
+    predict: Callable[[], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    target_BTC: Tensor,
+    precision: contextlib.AbstractContextManager,
+) -> Step:
+    def step() -> Tensor:
+        with precision:
+            prediction = predict()
+        (loss(prediction, target_BTC).sum() / target_BTC.numel()).backward()
+        model.zero_grad()
+        return prediction.detach()
 
-    def predict() -> Tensor:
-        return model(
-            hidden_states=inputs["img_BTC"],
-            encoder_hidden_states=inputs["txt_BLE"],
-            pooled_projections=inputs["pooled_BV"],
-            timestep=inputs["t_B"],
-            guidance=inputs.get("guidance_B"),
-            img_ids=inputs["img_ids_BTA"][0],
-            txt_ids=inputs["txt_ids_BLA"][0],
-            return_dict=False,
-        )[0]
-
-    return build_step(model, predict, batch.target_BTC)
-
-
-def seconds_of(step: Step, device: torch.device) -> float:
-    """Wall time of one step, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return step
 
 
-def measure(steps: dict[str, Step], rounds: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step. Each round runs all of them, in an order that turns around from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + rounds):
-        for name in list(steps) if turn % 2 == 0 else reversed(list(steps)):
-            elapsed = seconds_of(steps[name], device)
-            if turn >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
+def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Measures; returns what `--json` writes."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config([*DEFAULTS, *options], world_size)
+    if args.inputs == "encoded":
+        options = [*options, *write_data(config, world_size, folder)]
+        config = load_config([*DEFAULTS, *options], world_size, quiet=True)
+    naive = load_config([*DEFAULTS, *options, *NAIVE_OPTIONS], world_size, quiet=True)
+    layout = build_run_layout(config, world_size)
+    check_techniques(choose_techniques(config), layout.device.type)
+    builders: dict[str, Callable[[], Step]] = {
+        UPDATE: lambda: build_update(config, layout, folder / UPDATE),
+        NAIVE: lambda: build_update(naive, layout, folder / NAIVE),
+        TRANSFORMER: lambda: build_transformer(config, layout, folder / TRANSFORMER, by_diffusers=False),
+        DIFFUSERS: lambda: build_transformer(config, layout, folder / DIFFUSERS, by_diffusers=True),
+    }
+    wanted = [name for pair in COMPARED.items() if pair[1] in args.against for name in pair] or [UPDATE]
+    in_turns = [[name] for name in wanted] if layout.device.type == "cuda" else [wanted]
+    clock, times, predictions = Clock(layout.device), dict[str, Times](), dict[str, Tensor]()
+    for names in in_turns:
+        steps = {name: builders[name]() for name in names}
+        predictions |= {name: prediction.cpu() for name in names if (prediction := steps[name]()) is not None}
+        with timed_regions(clock):
+            times |= measure(steps, clock, args.steps, args.warmup)
+        if len(names) == 1:  # else nobody knows whose memory it is
+            times[names[0]].peak_gib = peak_memory_gib(layout.device.type)
+        steps.clear()
+        gc.collect()
+        if layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    result = describe(config, layout, args, options)
+    result["steps"] = {name: summarize(one, result) for name, one in times.items()}
+    result["ratios"] = {
+        f"{name} / {other}": compare(times[name].steps, times[other].steps)
+        for name, other in COMPARED.items()
+        if other in times
+    }
+    if predictions:
+        ours, theirs = (predictions[name].float() for name in (TRANSFORMER, DIFFUSERS))
+        result["prediction_difference"] = ((ours - theirs).norm() / theirs.norm()).item()
+    close_layout(layout)
+    return result
 
 
-def device_words(device: torch.device) -> str:
+def write_data(config: JobConfig, world_size: int, folder: Path) -> list[str]:
+    """Random encoded samples, as many as are needed at once; the options that read them."""
+    data = folder / f"data {os.environ.get('RANK', '0')}"
+    data.mkdir()
+    training, length = config.training, config.encoder.max_t5_encoding_len
+    samples = max(training.local_batch_size * world_size, training.global_batch_size)
+    path = write_random_samples(data, SPECS[config.model.flavor], training.img_size, length, samples)
+    return ["--training.dataset=mlperf", f"--training.dataset_path={path}"]
+
+
+def describe(config: JobConfig, layout: Layout, args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+    """All that a reader of the figures must know."""
+    training, spec = config.training, SPECS[config.model.flavor]
+    text = config.encoder.max_t5_encoding_len
+    peaks = measure_peaks(layout, compute_dtype(config))
+    memory = estimate_memory(config, layout.degrees, layout.device.type == "cpu", needed_encoders(config))
+    return {
+        "command": " ".join(option for option in options if "dataset" not in option),
+        "date": date.today().isoformat(),
+        "commit": find_commit(),
+        "torch": torch.__version__,
+        "hardware": describe_device(layout.device),
+        "layout": layout.describe(),
+        "flavor": spec.name,
+        "dtype": training.mixed_precision_param if training.dtype == "float32" else training.dtype,
+        "weights": training.dtype,
+        "recompute": describe_recomputation(config.activation_checkpoint),
+        "compile": config.compile.enable,
+        "inputs": args.inputs,
+        "local_batch": training.local_batch_size,
+        "samples": training.update_size(layout.degrees.dp),
+        "image_tokens": training.img_tokens,
+        "text_tokens": text,
+        "tflop_per_sample": training_flops(spec.transformer, training.img_tokens, text) / 1e12,
+        "matmul_tflops": peaks.matmul,
+        "datasheet_tflops": peaks.datasheet,
+        "plan_gib": memory.peak / GIB,
+        "rounds": args.steps,
+        "warmup": args.warmup,
+    }
+
+
+def describe_recomputation(section: ActivationCheckpoint) -> str:
+    if section.mode == "selective":
+        return f"selective {section.selective_ac_option}"
+    return f"full {section.ratio:g}" if section.mode == "full" else section.mode
+
+
+def summarize(times: Times, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians, and what follows from them. Of the transformer alone, too, every product of an update is counted."""
+    seconds = statistics.median(times.steps)
+    samples = about["samples"] if times.regions else about["local_batch"]
+    tflops = samples * about["tflop_per_sample"] / seconds
+    datasheet = about["datasheet_tflops"]
+    return {
+        "seconds": seconds,
+        "samples_per_s": samples / seconds,
+        "tflops": tflops,
+        "matmul_percent": 100 * tflops / about["matmul_tflops"],
+        "mfu_percent": 100 * tflops / datasheet if datasheet else None,
+        "peak_gib": times.peak_gib,
+        "region_percent": {name: 100 * part / sum(times.steps) for name, part in times.regions.items()},
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """Such as `NVIDIA H200`, or `2 threads of AMD EPYC 9B14 (AVX512)`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads, {platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    return f"{torch.get_num_threads()} threads of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Measures and prints; returns what `--json` writes."""
-    device, dtype, spec = torch.device(args.device), getattr(torch, args.dtype), SPECS[args.flavor]
-    image_tokens = (args.img_size // PIXELS_PER_TOKEN) ** 2
-    flops = training_flops(spec.transformer, image_tokens, args.text_tokens)
-    batch = make_batch(spec, args, device, dtype)
-    native = build_native(spec, device, args.dtype)
-    steps = {"this": native_step(native, batch)}
-    print(
-        f"{args.flavor}, {sum(p.numel() for p in native.parameters()):,} parameters, {args.dtype}, torch "
-        f"{torch.__version__}, {device_words(device)}\n"
-        f"batch {args.batch} x ({image_tokens} image + {args.text_tokens} text tokens), {flops / 1e12:.4g} TFLOP per "
-        f"training sample, median of {args.steps} steps after {args.warmup}"
-    )
-    result: dict = {**vars(args), "torch": torch.__version__, "hardware": device_words(device)}
-    result["tflop_per_sample"] = flops / 1e12
-    if args.against == "diffusers":
-        steps["diffusers"] = diffusers_step(build_diffusers(spec, native), batch)
-        ours, theirs = (step().float() for step in steps.values())
-        result["prediction_difference"] = ((ours - theirs).norm() / theirs.norm()).item()
-        print(f"same weights; predictions differ by {result['prediction_difference']:.1e} of their size")
+def find_commit() -> str | None:
+    """Of this folder, with a + when something is not in it; None: it is no repository."""
 
-    seconds = measure(steps, args.steps, args.warmup, device)
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rate = args.batch / median
-        result[name] = {"seconds_per_step": median, "samples_per_s": rate, "tflop_per_s": rate * flops / 1e12}
-        print(f"{name:<10} {median:9.4f} s/step {rate:10.2f} samples/s {rate * flops / 1e12:9.3f} TFLOP/s")
-    if args.against == "diffusers":
-        ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
-        result["time_ratio"] = statistics.median(ratios)
-        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        print(
-            f"this takes {result['time_ratio']:.3f} of its time (median of pairs; half are in {low:.3f} .. {high:.3f})"
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return ask("rev-parse", "--short", "HEAD") + (
+            "+" if ask("status", "--porcelain", "--untracked-files=no") else ""
         )
-    return result
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The same for people."""
+    tokens = f"{result['image_tokens']} image + {result['text_tokens']} text tokens"
+    lines = [
+        f"{result['flavor']}, {result['layout']}, {result['hardware']}, torch {result['torch']}",
+        f"{result['dtype']}, weights {result['weights']}, recompute {result['recompute']}, compile {result['compile']}",
+        f"{result['samples']} x ({tokens}) per update, {result['tflop_per_sample']:.4g} TFLOP per sample, median of "
+        f"{result['rounds']} steps after {result['warmup']}",
+        f"{'':<12}{'s/step':>9}{'samples/s':>11}{'TFLOP/s':>10}{'of matmul':>11}{'of datasheet':>14}{'peak GiB':>10}",
+    ]
+    for name, one in result["steps"].items():
+        mfu = "" if one["mfu_percent"] is None else f"{one['mfu_percent']:.1f} %"
+        peak = f"{one['peak_gib']:.2f}" if one["peak_gib"] else ""
+        lines.append(
+            f"{name:<12}{one['seconds']:>9.4f}{one['samples_per_s']:>11.2f}{one['tflops']:>10.3f}"
+            f"{one['matmul_percent']:>9.1f} %{mfu:>14}{peak:>10}"
+        )
+    for name, one in result["steps"].items():
+        if regions := one["region_percent"]:
+            lines.append(f"{name}: " + ", ".join(f"{region} {percent:.1f} %" for region, percent in regions.items()))
+    for name, (low, middle, high) in result["ratios"].items():
+        lines.append(f"{name} = {middle:.3f} (median of neighbors; half are in {low:.3f} .. {high:.3f})")
+    if "prediction_difference" in result:
+        lines.append(f"same weights: predictions differ by {result['prediction_difference']:.1e} of their size")
+    lines.append(f"the plan's peak: {result['plan_gib']:.2f} GiB")
+    return "\n".join(lines)
 
 
 def positive(text: str) -> int:
@@ -211,67 +319,46 @@ def positive(text: str) -> int:
     return number
 
 
-def picture_side(text: str) -> int:
-    side = positive(text)
-    if side % PIXELS_PER_TOKEN:
-        nearest = max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN
-        raise argparse.ArgumentTypeError(f"{side} is not a multiple of {PIXELS_PER_TOKEN}: use {nearest}")
-    return side
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the other options are the configuration's
     )
     add = parser.add_argument
-    add("--flavor", choices=sorted(SPECS), default="flux-tiny", help="model size (default: %(default)s)")
+    add("--against", nargs="+", choices=list(COMPARED.values()), default=[], help="what else is timed, in turns")
     add(
-        "--against",
-        choices=["diffusers", "none"],
-        default="diffusers" if importlib.util.find_spec("diffusers") else "none",
-        help="also time this library's transformer with the same weights (default here: %(default)s)",
+        "--inputs",
+        choices=["encoded", "pictures"],
+        default="encoded",
+        help="encoded: random features, as from a cache; pictures: training.dataset, through the encoders (default: "
+        "%(default)s)",
     )
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of weights, activations and gradients (default: %(default)s)",
-    )
-    add("--batch", type=positive, default=32, help="samples per step (default: %(default)s)")
-    add(
-        "--img-size",
-        type=picture_side,
-        default=64,
-        help=f"side of a square picture in pixels; each {PIXELS_PER_TOKEN} x {PIXELS_PER_TOKEN} of them are one image "
-        "token (default: %(default)s)",
-    )
-    add(
-        "--text-tokens",
-        type=positive,
-        default=24,
-        help="tokens of text; FLUX.1-schnell was trained with 256, dev with 512 (default: %(default)s)",
-    )
-    add("--steps", type=positive, default=20, help="measured steps, whose median is printed (default: %(default)s)")
+    add("--steps", type=positive, default=20, help="measured steps, whose median is told (default: %(default)s)")
     add("--warmup", type=positive, default=3, help="steps before them that do not count (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures to this file as well")
-    args = parser.parse_args(argv)
-    if args.against == "diffusers" and not importlib.util.find_spec("diffusers"):
+    args, options = parser.parse_known_args(argv)
+    if DIFFUSERS in args.against and not importlib.util.find_spec("diffusers"):
         parser.error("--against diffusers needs it installed: pip install -r requirements-dev.txt")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no GPU here; use --device cpu")
-    return args
+    if DIFFUSERS in args.against and os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("--against diffusers compares on one process: leave it out, or torchrun")
+    return args, options
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    result = run(args)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+def main(argv: list[str]) -> None:
+    args, options = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(args, options, Path(folder))
+    if os.environ.get("RANK", "0") == "0":
+        print(report(result))
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if not torch.cuda.is_available() and not MALLOC.keys() <= os.environ.keys():  # read when a program starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:]], MALLOC | os.environ)
+    with recorded_exit(int(os.environ.get("RANK", "0")), EXIT_CODES):
+        main(sys.argv[1:])

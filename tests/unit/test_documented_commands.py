@@ -40,6 +40,8 @@ def problem(command: list[str]) -> str | None:
         return config_problem(["--job.config_file", file, *arguments])
     if program in ("./run_tests.sh", ".ci/run"):
         return None if (ROOT / program).is_file() else f"{program} does not exist"
+    if program == "torchrun" and "-m" in arguments:
+        program, arguments = "python", arguments[arguments.index("-m") :]
     if program == "torchrun":
         return config_problem(arguments[arguments.index("train.py") + 1 :])
     if not re.search(r"python3?$", program):
@@ -67,7 +69,7 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
         return config_problem(["--job.config_file", *arguments])
     if module == "scripts.doctor":
         return config_problem(arguments)
-    if module in ("scripts.plan", "scripts.validate"):  # their other options are the configuration's
+    if module in ("scripts.plan", "scripts.validate", "benchmarks.train_step"):  # their other options are the configuration's
         if problem := config_problem(settings_in(arguments)):
             return problem
         arguments = [word for word in arguments if word not in settings_in(arguments)]

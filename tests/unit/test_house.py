@@ -23,13 +23,14 @@ MAY_IMPORT["estimate"] = {"build", "config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
 MAY_IMPORT["memory_advice"] = {"config", "estimate"} | ROOMS
 MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice"} | ROOMS
-MAY_IMPORT["scripts"] = MAY_IMPORT["benchmarks"] = {"build", "estimate", "train", "trained", "config"} | ROOMS
+MAY_IMPORT["scripts"] = {"build", "estimate", "train", "trained", "config"} | ROOMS
+MAY_IMPORT["benchmarks"] = {"benchmarks"} | MAY_IMPORT["scripts"]
 PRODUCT = set(MAY_IMPORT)
 
 # Libraries that only some files may know.
 LIBRARY_USERS = {
     "transformers": {"flux/huggingface.py", "scripts/make_tiny_text_encoders.py"},
-    "diffusers": {"benchmarks/train_step.py"},
+    "diffusers": {"benchmarks/diffusers_peer.py"},
 }
 DATASET_LIBRARIES = {"datasets", "fsspec", "litdata", "pyarrow", "streaming", "torchdata", "webdataset"}
 DATASET_BENCHMARK = "benchmarks/data.py"  # compares with them

@@ -1,55 +1,122 @@
-"""The speed comparison: that both sides do the same work, and what a user is told."""
+"""The speed comparison: that all sides do the same work, what is told, and to whom."""
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.train_step import main, measure
+import train
+from benchmarks import train_step
+from benchmarks.clock import Clock, compare, measure
+from benchmarks.train_step import main
 
-SMALL = ["--batch", "1", "--img-size", "32", "--text-tokens", "2", "--steps", "2", "--warmup", "1", "--device", "cpu"]
+SMALL = ["--training.local_batch_size=2", "--training.img_size=32", "--encoder.max_t5_encoding_len=4"]
+FEW = ["--steps", "2", "--warmup", "1"]
 TOLERANCE = 1e-5  # fp32 rounding of the two predictions
+REGIONS = {"data", "encode", "inputs", "forward", "loss", "backward", "clip", "optimizer"}
 
 
-def test_against_diffusers(tmp_path, capsys):
-    pytest.importorskip("diffusers")
+def run(tmp_path, *options: str) -> dict:
     path = tmp_path / "new" / "figures.json"
-    main([*SMALL, "--against", "diffusers", "--json", str(path)])
-    figures = json.loads(path.read_text())
+    main([*FEW, "--json", str(path), *SMALL, *options])
+    return json.loads(path.read_text())
+
+
+def test_against_both(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    figures = run(tmp_path, "--against", "naive", "diffusers")
     assert figures["prediction_difference"] < TOLERANCE
-    for side in ("this", "diffusers"):
-        assert figures[side]["samples_per_s"] == pytest.approx(1 / figures[side]["seconds_per_step"])
-    assert "of its time" in capsys.readouterr().out
+    assert set(figures["steps"]) == {"update", "naive", "transformer", "diffusers"}
+    assert set(figures["steps"]["naive"]["region_percent"]) == REGIONS
+    for name, one in figures["steps"].items():
+        samples = 2
+        assert one["samples_per_s"] == pytest.approx(samples / one["seconds"]), name
+        assert one["tflops"] == pytest.approx(one["samples_per_s"] * figures["tflop_per_sample"])
+        assert sum(one["region_percent"].values()) <= 100
+    low, middle, high = figures["ratios"]["update / naive"]
+    assert 0 < low <= middle <= high
+    assert "of their size" in capsys.readouterr().out
+    assert train.region is torch.profiler.record_function, "left as it was"
 
 
-def test_alone(capsys):
-    main([*SMALL, "--dtype", "bfloat16", "--against", "none"])
-    out = capsys.readouterr().out
-    assert "9,105,984 parameters" in out and "4 image + 2 text tokens" in out and "samples/s" in out
+@pytest.mark.parametrize("inputs", ["encoded", "pictures"])
+def test_alone_in_bf16_with_accumulation(tmp_path, capsys, inputs):
+    options = ("--training.mixed_precision_param=bfloat16", "--training.global_batch_size=4")
+    figures = run(tmp_path, "--inputs", inputs, *options)
+    update = figures["steps"]["update"]
+    assert figures["samples"] == 4 and figures["dtype"] == "bfloat16" and figures["weights"] == "float32"
+    assert update["peak_gib"] > 0 and set(update["region_percent"]) == REGIONS
+    assert not figures["ratios"] and "prediction_difference" not in figures
+    assert "4 x (4 image + 4 text tokens)" in capsys.readouterr().out
 
 
-def test_sides_take_turns():
-    calls: list[str] = []
-    steps = {name: lambda name=name: calls.append(name) or torch.zeros(1) for name in ("a", "b")}
-    seconds = measure(steps, rounds=2, warmup=1, device=torch.device("cpu"))
+def test_naive_is_recomputed_and_not_compiled(monkeypatch, tmp_path):
+    """The other side has what the options ask for; naive has not."""
+    seen = {}
+
+    def remember(config, layout, folder):
+        seen[folder.name] = config
+        return lambda: None
+
+    monkeypatch.setattr(train_step, "build_update", remember)
+    run(tmp_path, "--against", "naive", "--compile.enable=true", "--activation_checkpoint.mode=none")
+    assert seen["update"].compile.enable and not seen["naive"].compile.enable
+    assert seen["update"].activation_checkpoint.mode == "none" and seen["naive"].activation_checkpoint.mode == "full"
+    assert seen["naive"].training == seen["update"].training
+
+
+def test_weights_are_random_everywhere(tmp_path):
+    config = train_step.load_config([*train_step.DEFAULTS, *SMALL], 1)
+    trainer = train_step.build_trainer(config, train_step.build_run_layout(config, 1), tmp_path)
+    assert all(parameter.std() > 0 for parameter in trainer.model.parameters())
+
+
+def test_sides_take_turns_and_regions_are_theirs():
+    clock, calls = Clock(torch.device("cpu")), []
+
+    def step(name: str) -> None:
+        calls.append(name)
+        with clock.region(f"of {name}"):
+            pass
+
+    times = measure({name: lambda name=name: step(name) for name in ("a", "b")}, clock, rounds=2, warmup=1)
     assert calls == ["a", "b", "b", "a", "a", "b"]
-    assert [len(times) for times in seconds.values()] == [2, 2]
+    assert {name: (len(one.steps), list(one.regions)) for name, one in times.items()} == {
+        "a": (2, ["of a"]),
+        "b": (2, ["of b"]),
+    }
+
+
+def test_ratio_is_that_of_neighbors():
+    assert compare([1.0, 20.0, 3.0, 4.0, 5.0], [2.0, 40.0, 6.0, 8.0, 5.0]) == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
-    "arguments, answer",
+    "arguments, environment, answer",
     [
-        (["--img-size", "100"], "100 is not a multiple of 16: use 96"),
-        (["--batch", "0"], "0 is below 1"),
-        (["--against", "diffusers"], "pip install -r requirements-dev.txt"),
-        (["--device", "cuda"], "torch finds no GPU"),
+        (["--steps", "0"], {}, "0 is below 1"),
+        (["--against", "diffusers"], {}, "pip install -r requirements-dev.txt"),
+        (["--against", "peers"], {}, "invalid choice: 'peers'"),
     ],
 )
-def test_what_cannot_run(arguments, answer, capsys, monkeypatch):
+def test_what_cannot_run(arguments, environment, answer, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert answer in capsys.readouterr().err
+
+
+def test_diffusers_is_for_one_process(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["--against", "diffusers"])
+    assert "compares on one process" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_configuration_is_one_line():
+    with pytest.raises(ValueError, match=r"training\.img_size=100 must be a multiple of 16"):
+        main([*FEW, "--training.img_size=100"])
