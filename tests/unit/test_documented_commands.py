@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [f"docs/{name}.md" for name in ("parallelism", "checkpoints", "data", "metrics", "convergence", "profiling")]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Their other options are the configuration's.
+WITH_SETTINGS = ("scripts.plan", "scripts.validate", "benchmarks.train_step", "benchmarks.loss_curves")
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
 
@@ -69,7 +71,7 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
         return config_problem(["--job.config_file", *arguments])
     if module == "scripts.doctor":
         return config_problem(arguments)
-    if module in ("scripts.plan", "scripts.validate", "benchmarks.train_step"):  # their other options are the configuration's
+    if module in WITH_SETTINGS:
         if problem := config_problem(settings_in(arguments)):
             return problem
         arguments = [word for word in arguments if word not in settings_in(arguments)]
