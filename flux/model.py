@@ -348,9 +348,10 @@ def rotary_table(ids_BSA: Tensor, axes_dim: tuple[int, ...], theta: float) -> Te
 def rotate(x_BSNK: Tensor, rotary: Tensor) -> Tensor:
     """Turn neighboring pairs of a head's dims by the token's angles (RoPE, arXiv 2104.09864), computed in fp32."""
     pairs = x_BSNK.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # real arithmetic, which the compiler can fuse with its surroundings
-        (a, b), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    if torch.compiler.is_compiling():
+        # Real arithmetic, which the compiler fuses with its surroundings; halves to be stacked it would write in fp32.
+        cos, sin = rotary[..., :1], rotary[..., 1:]
+        turned = pairs * cos + pairs.flip(-1) * sin * torch.arange(-1, 2, 2, device=pairs.device)
     else:  # the same product in one kernel
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
     return turned.flatten(-2).to(x_BSNK.dtype)
