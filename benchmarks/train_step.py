@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step --model.flavor flux-debug --training.mixed_precision_param bfloat16
     python -m benchmarks.train_step --against naive diffusers --json outputs/step.json
+    python -m benchmarks.train_step --variant compile.enable=true --variant "compile.enable=true ema.enable=true"
     torchrun --nproc_per_node=8 -m benchmarks.train_step --job.config_file train_configs/flux_schnell.toml
 
 Options are those of train.py, and the few below. What is compared runs in one process: on a CPU step by step in turns,
@@ -12,6 +13,7 @@ other, so that each has the memory for itself.
     naive        the same without compilation, with every block recomputed and its weights gathered twice
     transformer  forward, loss and backward alone
     diffusers    the same through diffusers' FluxTransformer2DModel with the same weights
+    variants     updates with other options, each compared with the first
 """
 
 import argparse
@@ -22,12 +24,14 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ from train import EXIT_CODES, FluxTrainer
 from training.metrics import peak_memory_gib
 
 Step = Callable[[], Tensor | None]  # one step; returns the prediction, where there is one to compare
+Build = Callable[[JobConfig, Layout, Path], Step]  # the folder is to be made
 UPDATE, NAIVE, TRANSFORMER, DIFFUSERS = "update", "naive", "transformer", "diffusers"
 COMPARED = {UPDATE: NAIVE, TRANSFORMER: DIFFUSERS}
 DEFAULTS = [
@@ -89,7 +94,7 @@ def timed_regions(clock: Clock) -> Iterator[None]:
 
 def build_trainer(config: JobConfig, layout: Layout, folder: Path) -> FluxTrainer:
     """A trainer with random weights everywhere: fresh ones hold zeros, which no later step sees."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     trainer = FluxTrainer(config, folder, layout)
     generator = torch.Generator(local_part(next(trainer.model.parameters())).device).manual_seed(layout.rank)
     with torch.no_grad():
@@ -114,7 +119,7 @@ def build_update(config: JobConfig, layout: Layout, folder: Path) -> Step:
     return step
 
 
-def build_transformer(config: JobConfig, layout: Layout, folder: Path, by_diffusers: bool) -> Step:
+def build_transformer(config: JobConfig, layout: Layout, folder: Path, by_diffusers: bool = False) -> Step:
     trainer = build_trainer(config, layout, folder)
     raw = next(endless(trainer)).to(trainer.device)
     encoded = trainer.encoders.encode(raw)
@@ -155,21 +160,26 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
     config = load_config([*DEFAULTS, *options], world_size)
     if args.inputs == "encoded":
         options = [*options, *write_data(config, world_size, folder)]
-        config = load_config([*DEFAULTS, *options], world_size, quiet=True)
-    naive = load_config([*DEFAULTS, *options, *NAIVE_OPTIONS], world_size, quiet=True)
-    layout = build_run_layout(config, world_size)
-    check_techniques(choose_techniques(config), layout.device.type)
-    builders: dict[str, Callable[[], Step]] = {
-        UPDATE: lambda: build_update(config, layout, folder / UPDATE),
-        NAIVE: lambda: build_update(naive, layout, folder / NAIVE),
-        TRANSFORMER: lambda: build_transformer(config, layout, folder / TRANSFORMER, by_diffusers=False),
-        DIFFUSERS: lambda: build_transformer(config, layout, folder / DIFFUSERS, by_diffusers=True),
-    }
-    wanted = [name for pair in COMPARED.items() if pair[1] in args.against for name in pair] or [UPDATE]
-    in_turns = [[name] for name in wanted] if layout.device.type == "cuda" else [wanted]
+
+    def configure(*more: str) -> JobConfig:
+        return load_config([*DEFAULTS, *options, *more], world_size, quiet=True)
+
+    builds: dict[str, tuple[JobConfig, Build]] = {UPDATE: (configure(), build_update)}
+    if NAIVE in args.against:
+        builds[NAIVE] = configure(*NAIVE_OPTIONS), build_update
+    if DIFFUSERS in args.against:
+        builds[TRANSFORMER] = configure(), build_transformer
+        builds[DIFFUSERS] = configure(), partial(build_transformer, by_diffusers=True)
+    for variant in args.variant:
+        builds[variant] = configure(*(f"--{word}" for word in shlex.split(variant))), build_update
+    layouts = {name: build_run_layout(config, world_size) for name, (config, _) in builds.items()}
+    layout = layouts[UPDATE]
+    for config, _ in builds.values():
+        check_techniques(choose_techniques(config), layout.device.type)
+    in_turns = [[name] for name in builds] if layout.device.type == "cuda" else [list(builds)]
     clock, times, predictions = Clock(layout.device), dict[str, Times](), dict[str, Tensor]()
     for names in in_turns:
-        steps = {name: builders[name]() for name in names}
+        steps = {name: builds[name][1](builds[name][0], layouts[name], folder / str(len(times))) for name in names}
         predictions |= {name: prediction.cpu() for name in names if (prediction := steps[name]()) is not None}
         with timed_regions(clock):
             times |= measure(steps, clock, args.steps, args.warmup)
@@ -180,17 +190,19 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
         if layout.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    result = describe(config, layout, args, options)
+    result = describe(builds[UPDATE][0], layout, args, options)
     result["steps"] = {name: summarize(one, result) for name, one in times.items()}
+    pairs = {**COMPARED, **dict.fromkeys(args.variant, UPDATE)}
     result["ratios"] = {
         f"{name} / {other}": compare(times[name].steps, times[other].steps)
-        for name, other in COMPARED.items()
-        if other in times
+        for name, other in pairs.items()
+        if name in times and other in times
     }
     if predictions:
         ours, theirs = (predictions[name].float() for name in (TRANSFORMER, DIFFUSERS))
         result["prediction_difference"] = ((ours - theirs).norm() / theirs.norm()).item()
-    close_layout(layout)
+    for layout in layouts.values():
+        close_layout(layout)
     return result
 
 
@@ -328,6 +340,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--against", nargs="+", choices=list(COMPARED.values()), default=[], help="what else is timed, in turns")
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="KEYS",
+        help="time updates with these options too, such as 'compile.enable=true training.dtype=bfloat16'",
+    )
     add(
         "--inputs",
         choices=["encoded", "pictures"],
