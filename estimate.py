@@ -45,6 +45,7 @@ class Memory:
     gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
     activations: int
     encoders: int
+    encoding: int  # what they hold at work, beside a step where a batch is encoded ahead
     peak: int  # of all of it together
 
 
@@ -145,11 +146,12 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
     if config.training.accumulation(degrees.dp) > 1:
         together = activations + sum(gradients)
     gathered = _gathered_bytes(config, degrees)
-    frozen = _encoder_bytes(config, degrees, encoders)
+    frozen, encoding = _encoder_bytes(config, degrees, encoders), _encoding_bytes(config, encoders)
     states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
     standing = elements * itemsize + states + average
     if config.training.enable_cpu_offload:  # all of them, and gradients, are in the host's memory
         standing, together = 0, activations
+    at_once = together + encoding if config.encoder.encode_ahead and not on_cpu else max(together, encoding)
     return Memory(
         weights=elements * itemsize,
         gradients=sum(gradients),
@@ -158,7 +160,8 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
         gathered=gathered,
         activations=activations,
         encoders=frozen,
-        peak=standing + gathered + frozen + together,
+        encoding=encoding,
+        peak=standing + gathered + frozen + at_once,
     )
 
 
@@ -266,3 +269,9 @@ def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, E
         split = ranks > 1 and cost.largest_block > 0
         parameters += -(-cost.parameters // ranks) + 2 * cost.largest_block if split else cost.parameters
     return parameters * itemsize
+
+
+def _encoding_bytes(config: JobConfig, encoders: Mapping[str, EncoderCost]) -> int:
+    """What the encoders hold while they encode a batch, one after the other."""
+    numbers = max((cost.at_work for cost in encoders.values() if cost.flops), default=0)
+    return config.training.local_batch_size * numbers * DTYPES[config.encoder.dtype].itemsize

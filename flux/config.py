@@ -52,6 +52,9 @@ class Encoder:
     mask_padding: Annotated[bool, "hide padding tokens from T5 and the transformer; FLUX was trained seeing them"] = (
         False
     )
+    encode_ahead: Annotated[
+        bool, "on a GPU, encode the next batch beside the current step, which takes memory for the encoders' work"
+    ] = True
     sample_posterior: Annotated[bool, "draw latents from the autoencoder's posterior; false: take its mean"] = True
 
 
