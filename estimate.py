@@ -262,12 +262,18 @@ def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
 
 
 def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, EncoderCost]) -> int:
-    """T5 is split over all ranks of a copy of the weights, the small ones are not."""
-    itemsize, ranks = DTYPES[config.encoder.dtype].itemsize, degrees.fsdp * degrees.tp
+    """T5 is split over all ranks of a copy of the weights, or in the host's memory; the small ones are neither."""
+    itemsize, ranks, offloaded = (
+        DTYPES[config.encoder.dtype].itemsize,
+        degrees.fsdp * degrees.tp,
+        config.encoder.cpu_offload,
+    )
     parameters = 0
     for cost in encoders.values():
-        split = ranks > 1 and cost.largest_block > 0
-        parameters += -(-cost.parameters // ranks) + 2 * cost.largest_block if split else cost.parameters
+        if cost.largest_block and (offloaded or ranks > 1):
+            parameters += 2 * cost.largest_block + (0 if offloaded else -(-cost.parameters // ranks))
+        else:
+            parameters += cost.parameters
     return parameters * itemsize
 
 

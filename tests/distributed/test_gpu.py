@@ -153,7 +153,7 @@ def train_exactly(rank: int, world_size: int, folder: str, overrides: tuple[str,
 
 
 @pytest.mark.parametrize("options", [(), (BATCH(4), "--training.global_batch_size=8")], ids=["one", "accumulated"])
-def test_encoders_beside_the_step_change_no_bit(tmp_path, options):
+def test_encoders_beside_the_step_or_in_the_hosts_memory_change_no_bit(tmp_path, options):
     def run(*more: str) -> tuple[list, dict]:
         return run_ranks(train_exactly, 1, str(tmp_path), (*options, *more), timeout=600, device="cuda")[0]
 
@@ -161,7 +161,9 @@ def test_encoders_beside_the_step_change_no_bit(tmp_path, options):
     assert known == {"home": "cuda", "pinned": False, "ahead": False}
     beside, known = run()
     assert known == {"home": "cuda", "pinned": False, "ahead": True}
-    assert beside == in_turn
+    offloaded, known = run("--encoder.cpu_offload")
+    assert known == {"home": "cpu", "pinned": True, "ahead": True}
+    assert beside == in_turn and offloaded == in_turn
     assert run("--debug.seed=1")[0] != in_turn
 
 
@@ -170,9 +172,9 @@ def test_encoders_that_ranks_share_work_beside_the_step(tmp_path):
     """T5 is gathered on another stream than the model: ranks that gathered in different orders would wait forever."""
     runs = [
         run_ranks(train_exactly, 2, str(tmp_path), (BATCH(4), *more), timeout=600, device="cuda")
-        for more in (("--encoder.encode_ahead=false",), ())
+        for more in (("--encoder.encode_ahead=false",), (), ("--encoder.cpu_offload",))
     ]
-    assert [[told for told, _ in run] for run in runs] == 2 * [[told for told, _ in runs[0]]]
+    assert [[told for told, _ in run] for run in runs] == 3 * [[told for told, _ in runs[0]]]
 
 
 def encode_beside_a_busy_gpu(rank: int, world_size: int, folder: str) -> bool:

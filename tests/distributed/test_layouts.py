@@ -47,6 +47,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         (BATCH(4), "--parallelism.fsdp_forward_prefetch=2", "--parallelism.fsdp_backward_prefetch=3"),
     ),
     "fsdp 2, cpu offload": (2, (BATCH(4), "--training.enable_cpu_offload")),
+    "encoder offload": (1, (BATCH(8), "--encoder.cpu_offload")),
+    "fsdp 2, encoder offload": (2, (BATCH(4), "--encoder.cpu_offload")),
     "recompute full": (1, (RECOMPUTE("full"),)),
     "recompute half": (1, (RECOMPUTE("full"), "--activation_checkpoint.ratio=0.5")),
     "recompute every 2nd": (1, (RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=2")),

@@ -268,6 +268,25 @@ def test_memory_of_everything_else() -> None:
     assert 0 < extra <= alone.gradients, "gradients of earlier passes are there all the time"
 
 
+def test_encoders_in_the_hosts_memory_and_at_work() -> None:
+    encoders = {"t5": EncoderCost(1_000_000, 10, 100_000, 70), "autoencoder": EncoderCost(1_000, 1, 0, 5_000)}
+    offload, in_turn = "--encoder.cpu_offload", "--encoder.encode_ahead=false"
+    batch = (*TINY, FLOAT32, "--training.local_batch_size=4")
+    for degrees in (Degrees(), Degrees(dp_shard=4)):
+
+        def memory_of(*options: str, on_cpu: bool = False, degrees: Degrees = degrees) -> Memory:
+            return estimate_memory(configure(*batch, *options, ranks=degrees.world), degrees, on_cpu, encoders)
+
+        plain, offloaded = memory_of(), memory_of(offload)
+        assert offloaded.encoders == 2 * (2 * 100_000 + 1_000), "two blocks of T5 on their way, and the small ones"
+        assert plain.peak - offloaded.peak == plain.encoders - offloaded.encoders
+        assert plain.encoding == 4 * 5_000 * 2, "of the largest, since they work in turn, in bfloat16"
+        assert plain.peak - memory_of(in_turn).peak == plain.encoding
+        assert memory_of(on_cpu=True).peak == memory_of(in_turn, on_cpu=True).peak, "a CPU encodes nothing ahead"
+    stored = {name: cost._replace(flops=0) for name, cost in encoders.items()}
+    assert estimate_memory(configure(*batch), Degrees(), False, stored).encoding == 0
+
+
 def test_seconds_follow_the_hardware() -> None:
     chip, options = ACCELERATORS["h100"], ("--model.flavor=flux-schnell", "--encoder.max_t5_encoding_len=256")
     config = configure(*options, "--training.local_batch_size=32", *NONE, ranks=16)
