@@ -6,6 +6,7 @@ Nothing is built or run: flux/memory.py, flux/flops.py and parallel/estimate.py 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 
@@ -14,10 +15,10 @@ from config.job_config import JobConfig
 from flux.data.build import ENCODED
 from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
-from flux.memory import Keep, LocalBatch, block_bytes, peak_bytes
+from flux.memory import Keep, LocalBatch, block_bytes, blocks_bytes, peak_bytes
 from flux.model import FluxTransformer
 from flux.plans import make_plan
-from flux.spec import SPECS, TransformerConfig
+from flux.spec import LATENT_STRIDE, SPECS, TransformerConfig
 from parallel.activation_checkpoint import recomputed_blocks
 from parallel.compile import compiles_model
 from parallel.config import parse_selective_option
@@ -32,6 +33,9 @@ MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
 # How often a kept activation is written or read, its gradient included: by fused kernels, and by one kernel for each
 # operation. From profiles of a compiled FLUX.1 step; an estimate.
 PASSES_FUSED, PASSES = 6, 10
+RESERVED = 2 * 2**30  # bytes that the driver, communication buffers and libraries take
+USABLE = 0.92  # of the rest; the allocator cannot use every gap
+BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Memory:
     average: int
     gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
     activations: int
+    offloaded: int  # activations in the host's memory: at least so many, since some are kept twice there
     encoders: int
     encoding: int  # what they hold at work, beside a step where a batch is encoded ahead
     peak: int  # of all of it together
@@ -74,6 +79,10 @@ class Seconds:
 def parameter_shapes(transformer: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(one.shape) for name, one in FluxTransformer(transformer).named_parameters()}
+
+
+def parameter_count(config: JobConfig) -> int:
+    return sum(map(prod, parameter_shapes(SPECS[config.model.flavor].transformer).values()))
 
 
 @cache
@@ -135,14 +144,20 @@ def kept_levels(config: JobConfig) -> tuple[list[Keep], Keep]:
     return [less if index in recomputed else whole for index in range(blocks)], whole
 
 
+def usable_bytes(memory: float) -> float:
+    """Of a device's memory, what a rank can plan with."""
+    return USABLE * (memory - RESERVED)
+
+
 def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders: Mapping[str, EncoderCost]) -> Memory:
     """Bytes of rank 0, which has the most."""
     transformer = SPECS[config.model.flavor].transformer
     by_block, itemsize = local_elements(transformer, degrees), DTYPES[config.training.dtype].itemsize
     elements, gradients = sum(by_block), [count * itemsize for count in by_block]
     batch, (kept, whole) = local_batch(config, degrees, on_cpu), kept_levels(config)
-    activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients))
-    together = peak_bytes(transformer, batch, kept, whole, gradients)
+    offloaded = config.activation_checkpoint.cpu_offload
+    activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients), offloaded)
+    together = peak_bytes(transformer, batch, kept, whole, gradients, offloaded)
     if config.training.accumulation(degrees.dp) > 1:
         together = activations + sum(gradients)
     gathered = _gathered_bytes(config, degrees)
@@ -159,10 +174,18 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
         average=average,
         gathered=gathered,
         activations=activations,
+        offloaded=sum(blocks_bytes(transformer, batch, kept)) if offloaded else 0,
         encoders=frozen,
         encoding=encoding,
         peak=standing + gathered + frozen + at_once,
     )
+
+
+def cached_bytes(config: JobConfig, side: int) -> int:
+    """Bytes of one sample in a cache of all parts in bfloat16, without padding left out."""
+    spec, grid = SPECS[config.model.flavor], (side // LATENT_STRIDE) ** 2
+    text = config.encoder.max_t5_encoding_len * spec.transformer.context_dim + (spec.transformer.pooled_dim or 0)
+    return BF16 * (2 * spec.codec.latent_channels * grid + text)
 
 
 def estimate_seconds(

@@ -39,6 +39,11 @@ TECHNIQUES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "bf16": ((BF16,), None),
     "bf16, compile": ((BF16, "--compile.enable"), None),
     "bf16, recompute full": ((BF16, "--activation_checkpoint.mode=full"), None),
+    "bf16, offload": ((BF16, "--activation_checkpoint.cpu_offload"), None),
+    "bf16, offload, recompute full, compile": (
+        (BF16, "--activation_checkpoint.cpu_offload", "--activation_checkpoint.mode=full", "--compile.enable"),
+        None,
+    ),
     "float8 tensorwise, compile": ((BF16, FLOAT8, "--compile.enable"), None),
     "float8 rowwise, compile": (
         (BF16, FLOAT8, "--quantize.linear.float8.recipe_name=rowwise", "--compile.enable"),
@@ -127,7 +132,9 @@ def train_unwatched(rank: int, world_size: int, folder: str, overrides: tuple[st
 
 
 @pytest.mark.parametrize(
-    "options", [(), (BATCH(4), "--training.global_batch_size=8")], ids=["one batch", "accumulated"]
+    "options",
+    [(), (BATCH(4), "--training.global_batch_size=8"), ("--activation_checkpoint.cpu_offload",)],
+    ids=["one batch", "accumulated", "offloaded"],
 )
 def test_no_step_waits_for_the_gpu_to_tell_a_figure(tmp_path, options):
     figures, said = run_ranks(train_unwatched, 1, str(tmp_path), options, timeout=600, device="cuda")[0]
@@ -198,3 +205,32 @@ def encode_beside_a_busy_gpu(rank: int, world_size: int, folder: str) -> bool:
 
 def test_a_batch_is_encoded_while_a_step_runs(tmp_path):
     assert run_ranks(encode_beside_a_busy_gpu, 1, str(tmp_path), timeout=600, device="cuda") == [True]
+
+
+def kept_on_the_gpu(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -> tuple[int, list[float]]:
+    """Bytes that a forward pass leaves for the backward pass, and the norms of the modules' gradients after it."""
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*DEBUG, BF16, "--encoder.encode_ahead=false", *overrides], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    batches = iter(trainer.loader)
+    trainer.train_step(batches)
+    raw, encoded = trainer.ahead.take(batches)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    loss = trainer.squared_errors(raw, encoded).sum()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    trainer.clip_gradients()
+    return kept, [norm.item() for norm in trainer.grad_norms.values()]
+
+
+def test_offloaded_activations_leave_the_gpu(tmp_path):
+    def run(*options: str) -> tuple[int, list[float]]:
+        return run_ranks(kept_on_the_gpu, 1, str(tmp_path), options, timeout=600, device="cuda")[0]
+
+    kept, norms = run()
+    offloaded, same = run("--activation_checkpoint.cpu_offload")
+    assert offloaded < 0.2 * kept
+    assert same == pytest.approx(norms, rel=CURVE_TOLERANCE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from build import build_model, build_run_layout
@@ -17,6 +18,7 @@ from flux.flow import squared_errors
 from flux.memory import Keep, LocalBatch, block_bytes, inputs_bytes, outputs_bytes, peak_bytes
 from flux.model import DoubleBlock, SingleBlock
 from flux.spec import SPECS
+from parallel import activation_offload
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.config import ActivationCheckpoint
 from parallel.degrees import Degrees, resolve_degrees
@@ -30,6 +32,10 @@ GIB = 2**30
 KEPT_TOLERANCE = 0.02
 # The peak also has tensors that live for a moment, for which there is one rough term.
 PEAK_TOLERANCE = 0.10
+# The same of blocks whose activations come back one by one, for which there is a rougher one.
+OFFLOADED_TOLERANCE = 0.15
+# Of what travels, so much is a tensor that two operators have saved, and is moved twice.
+TWICE = 0.25
 # Another implementation of the same model on other kernels; its baseline includes buffers of communication.
 AMD_TOLERANCE = 0.15
 
@@ -88,7 +94,7 @@ def track(config: JobConfig, ranks: int = 1) -> Tracked:
 
 
 def read(tracker: MemTracker, when: str) -> dict[str, int]:
-    (snapshot,) = tracker.get_tracker_snapshot(when).values()
+    snapshot = tracker.get_tracker_snapshot(when)[torch.device("cpu")]
     return {str(kind).rpartition(".")[2]: size for kind, size in snapshot.items()}
 
 
@@ -139,6 +145,53 @@ def test_activations_of_shared_samples(
     )
     config = configure(*model, *options, "--training.local_batch_size=8", *MODES[mode], ranks=2)
     assert kept_by_formula(config, 2) == pytest.approx(track(config, 2).kept, rel=KEPT_TOLERANCE)
+
+
+class Away(saved_tensors_hooks):
+    """As save_on_cpu to a memory that the tracker does not look at."""
+
+    sent = 0
+
+    def __init__(self, pin_memory: bool):
+        def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+            Away.sent += tensor.nbytes
+            return tensor.device, torch.empty_like(tensor, device="meta")
+
+        super().__init__(pack, lambda kept: torch.empty_like(kept[1], device=kept[0]))
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "half"])
+@pytest.mark.parametrize("precision", [FLOAT32, "--training.dtype=bfloat16"])
+@pytest.mark.parametrize(
+    ("model", "samples"),
+    [(TINY, 32), pytest.param(DEBUG, 4, marks=pytest.mark.slow), pytest.param(DEBUG, 64, marks=pytest.mark.slow)],
+    ids=["tiny", "debug", "debug, many samples"],
+)
+def test_activations_in_the_hosts_memory(
+    model: tuple[str, ...],
+    samples: int,
+    precision: str,
+    mode: str,
+    no_initialization: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(activation_offload, "save_on_cpu", Away)
+    monkeypatch.setattr(Away, "sent", 0)
+    options = (*model, precision, f"--training.local_batch_size={samples}", *MODES[mode])
+    config = configure(*options, "--activation_checkpoint.cpu_offload")
+    tracked, transformer = track(config), SPECS[config.model.flavor].transformer
+    itemsize = 4 if precision == FLOAT32 else 2
+    gradients = [itemsize * count for count in local_elements(transformer, Degrees())]
+    batch = local_batch(config, Degrees(), on_cpu=True)
+    peak = peak_bytes(transformer, batch, *kept_levels(config), gradients, offloaded=True)
+    assert peak == pytest.approx(tracked.peak, rel=OFFLOADED_TOLERANCE)
+    memory = estimate_memory(config, Degrees(), True, {})
+    assert (1 - TWICE) * Away.sent < memory.offloaded < Away.sent
+    here = estimate_memory(configure(*options), Degrees(), True, {})
+    assert here.offloaded == 0
+    assert tracked.kept < kept_by_formula(config) - 0.9 * memory.offloaded, (
+        "the control: hooks that take nothing away are seen"
+    )
 
 
 def test_the_formulas_notice_what_is_recomputed(no_initialization: None) -> None:
