@@ -35,6 +35,7 @@ MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
 PASSES_FUSED, PASSES = 6, 10
 RESERVED = 2 * 2**30  # bytes that the driver, communication buffers and libraries take
 USABLE = 0.92  # of the rest; the allocator cannot use every gap
+PEAK_ERROR = 0.15  # measured peaks of memory lie no further from the estimated ones
 BF16 = 2  # bytes
 
 

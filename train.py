@@ -58,7 +58,7 @@ from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
-from memory_advice import out_of_memory_told
+from memory_advice import check_memory, out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
@@ -366,6 +366,7 @@ def main(argv: list[str]) -> None:
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
         check_techniques(choose_techniques(config), layout.device.type)
+        check_memory(config, layout)
         resumable = config.checkpoint.folder if config.checkpoint.enable else None
         claim = partial(claim_run_folder, config.job.dump_folder, resumable)
         end.folder = Path(layout.from_rank_0("folder", claim))

@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from build import build_model, build_run_layout
 from config.job_config import JobConfig
 from config.parse import parse
-from estimate import Memory, estimate_memory, estimate_seconds, kept_levels, local_batch, local_elements
+from estimate import PEAK_ERROR, Memory, estimate_memory, estimate_seconds, kept_levels, local_batch, local_elements
 from flux.encoder_costs import EncoderCost
 from flux.flow import squared_errors
 from flux.memory import Keep, LocalBatch, block_bytes, inputs_bytes, outputs_bytes, peak_bytes
@@ -33,11 +33,11 @@ KEPT_TOLERANCE = 0.02
 # The peak also has tensors that live for a moment, for which there is one rough term.
 PEAK_TOLERANCE = 0.10
 # The same of blocks whose activations come back one by one, for which there is a rougher one.
-OFFLOADED_TOLERANCE = 0.15
+OFFLOADED_TOLERANCE = PEAK_ERROR
 # Of what travels, so much is a tensor that two operators have saved, and is moved twice.
 TWICE = 0.25
 # Another implementation of the same model on other kernels; its baseline includes buffers of communication.
-AMD_TOLERANCE = 0.15
+AMD_TOLERANCE = PEAK_ERROR
 
 TINY = ("--model.flavor=flux-tiny", "--training.img_size=64", "--encoder.max_t5_encoding_len=24")
 DEBUG = ("--model.flavor=flux-debug", "--training.img_size=256", "--encoder.max_t5_encoding_len=256")
