@@ -49,7 +49,9 @@ class Memory:
     average: int
     gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
     activations: int
-    offloaded: int  # activations in the host's memory: at least so many, since some are kept twice there
+    host: (
+        int  # in the CPU's memory: what is offloaded, of activations at least so much, since some are kept twice there
+    )
     encoders: int
     encoding: int  # what they hold at work, beside a step where a batch is encoded ahead
     peak: int  # of all of it together
@@ -165,8 +167,12 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
     frozen, encoding = _encoder_bytes(config, degrees, encoders), _encoding_bytes(config, encoders)
     states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
     standing = elements * itemsize + states + average
+    host = sum(blocks_bytes(transformer, batch, kept)) if offloaded else 0
     if config.training.enable_cpu_offload:  # all of them, and gradients, are in the host's memory
+        host += standing + sum(gradients)
         standing, together = 0, activations
+    if config.encoder.cpu_offload and (t5 := encoders.get("t5")):
+        host += -(-t5.parameters // (degrees.fsdp * degrees.tp)) * DTYPES[config.encoder.dtype].itemsize
     at_once = together + encoding if config.encoder.encode_ahead and not on_cpu else max(together, encoding)
     return Memory(
         weights=elements * itemsize,
@@ -175,7 +181,7 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
         average=average,
         gathered=gathered,
         activations=activations,
-        offloaded=sum(blocks_bytes(transformer, batch, kept)) if offloaded else 0,
+        host=host,
         encoders=frozen,
         encoding=encoding,
         peak=standing + gathered + frozen + at_once,

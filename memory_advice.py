@@ -13,7 +13,7 @@ import torch
 from config.checks import find_faults
 from config.job_config import JobConfig
 from config.keys import show
-from estimate import PEAK_ERROR, estimate_memory, needed_encoders, usable_bytes
+from estimate import PEAK_ERROR, Memory, estimate_memory, needed_encoders, usable_bytes
 from flux.encoder_costs import EncoderCost
 from parallel.degrees import KEYS, Degrees, divisors
 from parallel.mesh import Layout
@@ -38,10 +38,11 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Fitting:
-    """Options that together are enough, and the bytes that each rank then needs."""
+    """Options that together are enough, and the bytes that each rank then needs of its GPU and of the host's memory."""
 
     options: str
     peak: int
+    host: int
 
 
 @contextmanager
@@ -103,12 +104,12 @@ def find_remedies(
 def find_fitting(config: JobConfig, degrees: Degrees, encoders: Encoders, room: float) -> list[Fitting]:
     """The fewest options that make the same updates in `room` bytes of each GPU: all sets of so many."""
 
-    def peak_of(one: JobConfig) -> int:
-        return estimate_memory(one, degrees, False, encoders).peak
+    def memory_of(one: JobConfig) -> Memory:
+        return estimate_memory(one, degrees, False, encoders)
 
     update, local = config.training.update_size(degrees.dp), config.training.local_batch_size
     smaller = [size for size in reversed(divisors(update // degrees.dp)) if size < local]
-    useful = [change for change in _CHANGES if peak_of(change(config)[1]) < peak_of(config)]
+    useful = [change for change in _CHANGES if memory_of(change(config)[1]).peak < memory_of(config).peak]
 
     def attempt(changes: Sequence[Change], sizes: Sequence[int]) -> Fitting | None:
         """These changes, with the first of the batch sizes that fits."""
@@ -118,8 +119,9 @@ def find_fitting(config: JobConfig, degrees: Degrees, encoders: Encoders, room: 
             told.append(option)
         for size in sizes:
             option, variant = _batch(changed, size, update)
-            if peak_of(variant) <= room and _is_valid(variant, degrees):
-                return Fitting(" and ".join([*told, *([option] if size < local else [])]), peak_of(variant))
+            memory = memory_of(variant)
+            if memory.peak <= room and _is_valid(variant, degrees):
+                return Fitting(" and ".join([*told, *([option] if size < local else [])]), memory.peak, memory.host)
         return None
 
     for count in range(1, len(useful) + 2):
@@ -217,7 +219,11 @@ def describe_lack(config: JobConfig, peak: int, free: int, total: int, fitting: 
     )
     if not fitting:
         return f"{text}: no option of this layout fits, ask python -m scripts.plan about more GPUs"
-    return f"{text}: use " + ", or ".join(f"{one.options}, which needs {_size(one.peak)}" for one in fitting)
+    ways = [
+        f"{one.options}, which needs {_size(one.peak)}" + (f" and {_size(one.host)} of the host's" if one.host else "")
+        for one in fitting
+    ]
+    return f"{text}: use {', or '.join(ways)}"
 
 
 def describe_out_of_memory(config: JobConfig, error: str, remedies: Iterable[Remedy]) -> str:

@@ -212,7 +212,7 @@ def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[t
         sizes = [getattr(one.memory, name) for one in plans]
         if name == "activations":
             yield f"  {name}", [_activations(one) for one in plans]
-        elif any(sizes) and name not in ("offloaded", "peak"):
+        elif any(sizes) and name not in ("host", "peak"):
             yield f"  {name}", [_size(size) for size in sizes]
     room = _size(machines.room)
     verdicts = ["fits" if one.fits(machines) else "DOES NOT FIT" for one in plans]
@@ -286,8 +286,9 @@ def _extras(plan: Plan, machines: Machines) -> Iterator[str]:
 
 def _caveats(plan: Plan) -> Iterator[str]:
     """What the figures do not know of this configuration."""
-    if in_host := ", ".join(_in_host(plan)):
-        yield f"note: {in_host} are in the host's memory, which the times leave out"
+    if in_host := ", ".join(_in_host(plan.config)):
+        size = _size(plan.memory.host)
+        yield f"note: {size} ({in_host}) of each rank are in the host's memory, which the times leave out"
     if compute_dtype(plan.config) is torch.float32:
         yield "note: the times are of products in bfloat16; in float32 they take many times as long"
     if plan.config.data.buckets.enable:
@@ -296,12 +297,11 @@ def _caveats(plan: Plan) -> Iterator[str]:
         yield "note: the launching of kernels is not counted, and is most of so short an update"
 
 
-def _in_host(plan: Plan) -> Iterator[str]:
-    config = plan.config
+def _in_host(config: JobConfig) -> Iterator[str]:
     if config.training.enable_cpu_offload:
         yield "weights, gradients and optimizer states"
     if config.activation_checkpoint.cpu_offload:
-        yield f"{_size(plan.memory.offloaded)} of activations of each rank"
+        yield "activations"
     if config.encoder.cpu_offload:
         yield "T5's weights"
 
@@ -366,7 +366,7 @@ def main(argv: list[str]) -> None:
     encoders = needed_encoders(config)
     plan = make_plan(config, machines, encoders)
     # What the host adds is not known, so nothing can be said to be faster.
-    proposal = plan if any(_in_host(plan)) else propose(plan, machines, encoders)
+    proposal = plan if any(_in_host(config)) else propose(plan, machines, encoders)
     samples = arguments.samples or config.training.steps * plan.update_size
     print("\n".join(describe(plan, proposal, machines, samples)))
     if arguments.json:

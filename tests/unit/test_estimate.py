@@ -186,10 +186,10 @@ def test_activations_in_the_hosts_memory(
     peak = peak_bytes(transformer, batch, *kept_levels(config), gradients, offloaded=True)
     assert peak == pytest.approx(tracked.peak, rel=OFFLOADED_TOLERANCE)
     memory = estimate_memory(config, Degrees(), True, {})
-    assert (1 - TWICE) * Away.sent < memory.offloaded < Away.sent
+    assert (1 - TWICE) * Away.sent < memory.host < Away.sent
     here = estimate_memory(configure(*options), Degrees(), True, {})
-    assert here.offloaded == 0
-    assert tracked.kept < kept_by_formula(config) - 0.9 * memory.offloaded, (
+    assert here.host == 0
+    assert tracked.kept < kept_by_formula(config) - 0.9 * memory.host, (
         "the control: hooks that take nothing away are seen"
     )
 
@@ -333,6 +333,9 @@ def test_encoders_in_the_hosts_memory_and_at_work() -> None:
         plain, offloaded = memory_of(), memory_of(offload)
         assert offloaded.encoders == 2 * (2 * 100_000 + 1_000), "two blocks of T5 on their way, and the small ones"
         assert plain.peak - offloaded.peak == plain.encoders - offloaded.encoders
+        assert (plain.host, offloaded.host) == (0, 2 * 1_000_000 // degrees.fsdp)
+        states = memory_of("--training.enable_cpu_offload")
+        assert states.host == states.weights + states.gradients + states.optimizer
         assert plain.encoding == 4 * 5_000 * 2, "of the largest, since they work in turn, in bfloat16"
         assert plain.peak - memory_of(in_turn).peak == plain.encoding
         assert memory_of(on_cpu=True).peak == memory_of(in_turn, on_cpu=True).peak, "a CPU encodes nothing ahead"

@@ -157,6 +157,8 @@ def test_a_run_that_cannot_fit_ends_before_it_is_built(monkeypatch: pytest.Monke
         assert config.training.update_size(8) == config_of(*BIG, world_size=8).training.update_size(8)
         peak = plan_peak(*options)
         assert peak <= usable_bytes(79 * GIB) and f"{peak / GIB:.1f} GiB" in told
+        offload = any("offload" in option for option in options)
+        assert (f"{peak / GIB:.1f} GiB and" in told) == offload, "what the host must hold is told"
         start(monkeypatch, 79, *options)  # is content
 
 

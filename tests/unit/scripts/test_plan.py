@@ -105,8 +105,11 @@ def test_cost_of_validation() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--activation_checkpoint.cpu_offload=true"], "of activations of each rank are in the host's memory, which"),
-        (["--encoder.cpu_offload=true"], "T5's weights are in the host's memory, which the times leave out"),
+        (
+            ["--activation_checkpoint.cpu_offload=true"],
+            "GiB (activations) of each rank are in the host's memory, which",
+        ),
+        (["--encoder.cpu_offload=true"], "GiB (T5's weights) of each rank are in the host's memory, which"),
         (["--training.enable_cpu_offload=true"], "in the host's memory, which the times leave out"),
         (["--training.mixed_precision_param=float32"], "in float32 they take many times as long"),
         (["--data.buckets.enable=true"], "not of the shapes of [data.buckets]"),
