@@ -49,9 +49,7 @@ class Memory:
     average: int
     gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
     activations: int
-    host: (
-        int  # in the CPU's memory: what is offloaded, of activations at least so much, since some are kept twice there
-    )
+    host: int  # what is offloaded to the CPU's memory; of activations at least so much: some are kept twice there
     encoders: int
     encoding: int  # what they hold at work, beside a step where a batch is encoded ahead
     peak: int  # of all of it together
@@ -293,12 +291,8 @@ def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
 
 def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, EncoderCost]) -> int:
     """T5 is split over all ranks of a copy of the weights, or in the host's memory; the small ones are neither."""
-    itemsize, ranks, offloaded = (
-        DTYPES[config.encoder.dtype].itemsize,
-        degrees.fsdp * degrees.tp,
-        config.encoder.cpu_offload,
-    )
-    parameters = 0
+    itemsize, ranks = DTYPES[config.encoder.dtype].itemsize, degrees.fsdp * degrees.tp
+    parameters, offloaded = 0, config.encoder.cpu_offload
     for cost in encoders.values():
         if cost.largest_block and (offloaded or ranks > 1):
             parameters += 2 * cost.largest_block + (0 if offloaded else -(-cost.parameters // ranks))

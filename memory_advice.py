@@ -21,9 +21,8 @@ from training.out_of_memory import is_out_of_memory
 
 MIB, GIB = 2**20, 2**30
 Encoders: TypeAlias = Mapping[str, EncoderCost]
-Change: TypeAlias = Callable[
-    [JobConfig], tuple[str, JobConfig]
-]  # options as they are told, the configuration with them
+# Gives options as they are told, and the configuration with them.
+Change: TypeAlias = Callable[[JobConfig], tuple[str, JobConfig]]
 
 log = logging.getLogger("train")
 
