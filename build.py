@@ -61,7 +61,8 @@ def build_run_layout(config: JobConfig, world_size: int) -> Layout:
     """This process among the others, who must all call it."""
     training = config.training
     by_fsdp = training.dtype != training.mixed_precision_param or training.enable_cpu_offload
-    return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups=by_fsdp)
+    needs_groups = by_fsdp or config.encoder.cpu_offload
+    return build_layout(resolve_degrees(config.parallelism, world_size), config.comm, needs_groups)
 
 
 def measure_peaks(layout: Layout, dtype: torch.dtype) -> Peaks:
@@ -84,7 +85,12 @@ def build_encoders(
     weights.
     """
     encoder, device, mesh = config.encoder, layout.device, layout.encoder
-    sharding = None if mesh is None else Sharding(partial(apply_frozen_fsdp, mesh=mesh), copy_full_)
+    if mesh is None and encoder.cpu_offload:  # FSDP does it, of one rank too
+        assert layout.weights is not None
+        mesh = layout.weights["dp_replicate", "fsdp"]
+    sharding = None
+    if mesh is not None:
+        sharding = Sharding(partial(apply_frozen_fsdp, mesh=mesh, cpu_offload=encoder.cpu_offload), copy_full_)
     dtype = DTYPES[encoder.dtype]
     autoencoder = None
     if "autoencoder" in parts:

@@ -6,6 +6,7 @@ Nothing is built or run: flux/memory.py, flux/flops.py and parallel/estimate.py 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 
@@ -14,10 +15,10 @@ from config.job_config import JobConfig
 from flux.data.build import ENCODED
 from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
-from flux.memory import Keep, LocalBatch, block_bytes, list_blocks, peak_bytes
+from flux.memory import Keep, LocalBatch, block_bytes, blocks_bytes, list_blocks, peak_bytes
 from flux.model import FluxTransformer
 from flux.plans import make_plan
-from flux.spec import SPECS, TransformerConfig
+from flux.spec import LATENT_STRIDE, SPECS, TransformerConfig
 from parallel.activation_checkpoint import recomputed_blocks
 from parallel.compile import compiles_model
 from parallel.config import parse_selective_option
@@ -32,6 +33,10 @@ MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
 # How often a kept activation is written or read, its gradient included: by fused kernels, and by one kernel for each
 # operation. From profiles of a compiled FLUX.1 step; an estimate.
 PASSES_FUSED, PASSES = 6, 10
+RESERVED = 2 * 2**30  # bytes that the driver, communication buffers and libraries take
+USABLE = 0.92  # of the rest; the allocator cannot use every gap
+PEAK_ERROR = 0.15  # measured peaks of memory lie no further from the estimated ones
+BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Memory:
     average: int
     gathered: int  # whole weights of blocks at work, and their gradients before they are summed over ranks
     activations: int
+    host: int  # what is offloaded to the CPU's memory; of activations at least so much: some are kept twice there
     encoders: int
+    encoding: int  # what they hold at work, beside a step where a batch is encoded ahead
     peak: int  # of all of it together
 
 
@@ -73,6 +80,10 @@ class Seconds:
 def parameter_shapes(transformer: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(one.shape) for name, one in FluxTransformer(transformer).named_parameters()}
+
+
+def parameter_count(config: JobConfig) -> int:
+    return sum(map(prod, parameter_shapes(SPECS[config.model.flavor].transformer).values()))
 
 
 @cache
@@ -134,22 +145,33 @@ def kept_levels(config: JobConfig) -> tuple[list[Keep], Keep]:
     return [less if index in recomputed else whole for index in range(blocks)], whole
 
 
+def usable_bytes(memory: float) -> float:
+    """Of a device's memory, what a rank can plan with."""
+    return USABLE * (memory - RESERVED)
+
+
 def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders: Mapping[str, EncoderCost]) -> Memory:
     """Bytes of rank 0, which has the most."""
     transformer = SPECS[config.model.flavor].transformer
     by_block, itemsize = local_elements(transformer, degrees), DTYPES[config.training.dtype].itemsize
     elements, gradients = sum(by_block), [count * itemsize for count in by_block]
     batch, (kept, whole) = local_batch(config, degrees, on_cpu), kept_levels(config)
-    activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients))
-    together = peak_bytes(transformer, batch, kept, whole, gradients)
+    offloaded = config.activation_checkpoint.cpu_offload
+    activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients), offloaded)
+    together = peak_bytes(transformer, batch, kept, whole, gradients, offloaded)
     if config.training.accumulation(degrees.dp) > 1:
         together = activations + sum(gradients)
     gathered = _gathered_bytes(config, degrees)
-    frozen = _encoder_bytes(config, degrees, encoders)
+    frozen, encoding = _encoder_bytes(config, degrees, encoders), _encoding_bytes(config, encoders)
     states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
     standing = elements * itemsize + states + average
+    host = sum(blocks_bytes(transformer, batch, kept)) if offloaded else 0
     if config.training.enable_cpu_offload:  # all of them, and gradients, are in the host's memory
+        host += standing + sum(gradients)
         standing, together = 0, activations
+    if config.encoder.cpu_offload and (t5 := encoders.get("t5")):
+        host += -(-t5.parameters // (degrees.fsdp * degrees.tp)) * DTYPES[config.encoder.dtype].itemsize
+    at_once = together + encoding if config.encoder.encode_ahead and not on_cpu else max(together, encoding)
     return Memory(
         weights=elements * itemsize,
         gradients=sum(gradients),
@@ -157,9 +179,18 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
         average=average,
         gathered=gathered,
         activations=activations,
+        host=host,
         encoders=frozen,
-        peak=standing + gathered + frozen + together,
+        encoding=encoding,
+        peak=standing + gathered + frozen + at_once,
     )
+
+
+def cached_bytes(config: JobConfig, side: int) -> int:
+    """Bytes of one sample in a cache of all parts in bfloat16, without padding left out."""
+    spec, grid = SPECS[config.model.flavor], (side // LATENT_STRIDE) ** 2
+    text = config.encoder.max_t5_encoding_len * spec.transformer.context_dim + (spec.transformer.pooled_dim or 0)
+    return BF16 * (2 * spec.codec.latent_channels * grid + text)
 
 
 def estimate_seconds(
@@ -259,10 +290,18 @@ def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
 
 
 def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, EncoderCost]) -> int:
-    """T5 is split over all ranks of a copy of the weights, the small ones are not."""
+    """T5 is split over all ranks of a copy of the weights, or in the host's memory; the small ones are neither."""
     itemsize, ranks = DTYPES[config.encoder.dtype].itemsize, degrees.fsdp * degrees.tp
-    parameters = 0
+    parameters, offloaded = 0, config.encoder.cpu_offload
     for cost in encoders.values():
-        split = ranks > 1 and cost.largest_block > 0
-        parameters += -(-cost.parameters // ranks) + 2 * cost.largest_block if split else cost.parameters
+        if cost.largest_block and (offloaded or ranks > 1):
+            parameters += 2 * cost.largest_block + (0 if offloaded else -(-cost.parameters // ranks))
+        else:
+            parameters += cost.parameters
     return parameters * itemsize
+
+
+def _encoding_bytes(config: JobConfig, encoders: Mapping[str, EncoderCost]) -> int:
+    """What the encoders hold while they encode a batch, one after the other."""
+    numbers = max((cost.at_work for cost in encoders.values() if cost.flops), default=0)
+    return config.training.local_batch_size * numbers * DTYPES[config.encoder.dtype].itemsize

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from config.job_config import JobConfig
-from flux.batch import RawBatch
+from flux.batch import EncodedBatch, RawBatch
 from flux.clip_score import ClipScorer, load_clip_scorer
 from flux.config import TIME_STEPS
 from flux.data.loader import Loader
 from flux.data.shape_score import can_score, describe_scores, score_pictures
-from flux.encoders import Encoders
+from flux.encode_ahead import EncodeAhead
 from flux.pictures import make_images, save_grid
 from flux.prompts import load_prompts
 from flux.sampling import draw_pictures
@@ -32,6 +32,7 @@ class Evaluator:
     """Validates and draws with the model that is being trained. All ranks do the same.
 
     Args:
+        ahead: has the encoders, which work for training too.
         loader: held-out batches.
         squared_errors: of the samples of a batch, summed over this rank's tokens; the very function that training
             minimizes.
@@ -47,10 +48,10 @@ class Evaluator:
         folder: Path,
         layout: Layout,
         spec: ModelSpec,
-        encoders: Encoders,
+        ahead: EncodeAhead,
         model: nn.Module,
         loader: Loader,
-        squared_errors: Callable[[RawBatch], Tensor],
+        squared_errors: Callable[[RawBatch, EncodedBatch], Tensor],
         predict: Callable[..., Tensor],
         dtype: torch.dtype,
         ema: Mapping[str, Tensor],
@@ -58,7 +59,7 @@ class Evaluator:
         metrics: MetricsLogger | None,
     ):
         self.config, self.folder, self.layout, self.spec = config, folder, layout, spec
-        self.encoders, self.model, self.loader, self.dtype = encoders, model, loader, dtype
+        self.ahead, self.model, self.loader, self.dtype = ahead, model, loader, dtype
         self.squared_errors, self.predict, self.metrics = squared_errors, predict, metrics
         self.ema, self.after_change = ema, after_change
         section = config.validation
@@ -118,7 +119,7 @@ class Evaluator:
         found = torch.zeros(2, end, dtype=torch.float64, device=layout.device)
         bad = torch.zeros((), dtype=torch.float64, device=layout.device)
         for raw in self.loader:
-            errors_B = self.squared_errors(raw)
+            errors_B = self.squared_errors(*self.ahead.encode(raw))
             counts = slice(None) if raw.counts_B is None else raw.counts_B > 0
             places = raw.position_B[counts].to(layout.device)
             found[0, places] = errors_B[counts].double() / raw.draws.noise_BTC[0].numel()
@@ -145,20 +146,21 @@ class Evaluator:
         # All groups draw equally many, since ranks wait for each other: the last prompt fills up.
         share = -(-len(self.prompts) // layout.degrees.dp)
         mine = [min(layout.dp_rank * share + place, len(self.prompts) - 1) for place in range(share)]
-        pixels_BCHW = draw_pictures(
-            self.predict,
-            self.spec,
-            self.encoders,
-            [self.prompts[number] for number in mine],
-            seeds=mine,
-            height=side,
-            width=side,
-            steps=validation.denoising_steps,
-            guidance=self.config.training.guidance,
-            cfg_scale=validation.cfg_scale,
-            batch_size=validation.local_batch_size,
-            dtype=self.dtype,
-        )
+        with self.ahead.in_order():
+            pixels_BCHW = draw_pictures(
+                self.predict,
+                self.spec,
+                self.ahead.encoders,
+                [self.prompts[number] for number in mine],
+                seeds=mine,
+                height=side,
+                width=side,
+                steps=validation.denoising_steps,
+                guidance=self.config.training.guidance,
+                cfg_scale=validation.cfg_scale,
+                batch_size=validation.local_batch_size,
+                dtype=self.dtype,
+            )
         reshard(self.model)
         pixels_BCHW = layout.gather_samples(pixels_BCHW.to(layout.device))[: len(self.prompts)]
         path = self.folder / validation.save_img_folder / f"step-{step:06d}{of}.png"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -47,16 +48,17 @@ from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import Evaluator
-from flux.batch import BadRecord, RawBatch
+from flux.batch import BadRecord, EncodedBatch, RawBatch
 from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
+from flux.encode_ahead import EncodeAhead
 from flux.flops import training_flops, with_unit
 from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
-from memory_advice import out_of_memory_told
+from memory_advice import check_memory, out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
@@ -143,12 +145,13 @@ class FluxTrainer:
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
             self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
         self.timer, self.bad, self.noted = StepTimer(self.device.type == "cuda"), list[BadRecord](), self.cursor
+        self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
         self.by_module, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
         self.evaluator: Evaluator | None = None
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
-            parts = (self.spec, self.encoders, self.model, held_out, self.squared_errors, self.predict, self.dtype)
+            parts = (self.spec, self.ahead, self.model, held_out, self.squared_errors, self.predict, self.dtype)
             self.evaluator = Evaluator(config, folder, layout, *parts, self.ema, self._after_change, self.metrics)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
@@ -192,15 +195,12 @@ class FluxTrainer:
         """Floating-point operations of training on one picture of so many tokens."""
         return training_flops(self.spec.transformer, tokens, self.config.encoder.max_t5_encoding_len)
 
-    def squared_errors(self, raw: RawBatch) -> Tensor:
+    def squared_errors(self, raw: RawBatch, encoded: EncodedBatch) -> Tensor:
         """Batch -> squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that
         only fills up the batch.
 
         Training and validation share these lines.
         """
-        raw = raw.to(self.device)
-        with region("encode"), self.timer.encoding():
-            encoded = self.encoders.encode(raw)
         with region("inputs"):
             inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
         # Identity unless context parallel ranks share the tokens.
@@ -220,11 +220,11 @@ class FluxTrainer:
         loss = torch.zeros((), device=self.device)
         self.loss_parts.begin_update()
         for _ in range(self.accumulation):
-            with region("data"), self.timer.waiting():
-                raw = next(batches)
+            raw, encoded = self.ahead.take(batches)
             self.bad += raw.bad
             sample_elements = raw.draws.noise_BTC[0].numel()
-            errors_B = self.squared_errors(raw)
+            errors_B = self.squared_errors(raw, encoded)
+            self.ahead.look_ahead(batches)  # to be encoded beside the backward pass
             micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
             with region("backward"):
                 micro_loss.backward()
@@ -263,7 +263,7 @@ class FluxTrainer:
         if self.config.checkpoint.create_seed_checkpoint:
             self.save()
             return self.checkpointer.finish()
-        batches = iter(self.loader)
+        batches = islice(self.loader, (training.steps - self.step) * self.accumulation)
         steps = StepLog(training.steps, done=self.step, shown=self.layout.rank == 0)
         if self.step >= training.steps:
             log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
@@ -366,6 +366,7 @@ def main(argv: list[str]) -> None:
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
         check_techniques(choose_techniques(config), layout.device.type)
+        check_memory(config, layout)
         resumable = config.checkpoint.folder if config.checkpoint.enable else None
         claim = partial(claim_run_folder, config.job.dump_folder, resumable)
         end.folder = Path(layout.from_rank_0("folder", claim))

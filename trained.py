@@ -27,7 +27,7 @@ from flux.pipeline_folder import is_pipeline, use_pipeline
 from flux.rules import LAYOUTS
 from flux.spec import SPECS, ModelSpec
 from parallel.degrees import Degrees
-from parallel.mesh import Layout, choose_device
+from parallel.mesh import build_layout
 
 # Its encoders are part of the repository; those of every other flavor somebody has to name.
 EMBEDDED_FLAVOR = "flux-tiny"
@@ -75,10 +75,10 @@ def load_run(
     config = given or opened.config or _find_config(opened)
     spec = SPECS[config.model.flavor]
     check_fits(opened.weights.tensors, spec, str(opened.path))
-    device = choose_device()
-    model = _load_model(spec, opened.weights.tensors, dtype, device)
+    layout = build_layout(Degrees(), config.comm, needs_groups=config.encoder.cpu_offload)
+    model = _load_model(spec, opened.weights.tensors, dtype, layout.device)
     tokenizer = build_tokenizer(config.encoder, config.training.test_mode)
-    encoders = build_encoders(config, spec, tokenizer, Layout(Degrees(), device))
+    encoders = build_encoders(config, spec, tokenizer, layout)
     return TrainedRun(opened.path, opened.step, config, spec, model, encoders)
 
 

@@ -34,6 +34,7 @@ def find_technique_faults(config: JobConfig) -> Iterator[Finding]:
     """Recomputation, compilation and 8-bit products that exclude each other or need one another."""
     yield from _ring(config)
     yield from _recomputation(config)
+    yield from _offload(config)
     yield from _converters(config)
 
 
@@ -140,11 +141,15 @@ def _float8_gather(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
         )
 
 
+def _compiles(config: JobConfig) -> bool:
+    return config.compile.enable and "model" in config.compile.components
+
+
 def _ring(config: JobConfig) -> Iterator[Finding]:
     if config.parallelism.context_parallel_method != "ring" or config.parallelism.context_parallel_degree == 1:
         return
     method = 'parallelism.context_parallel_method="ring"'
-    if config.compile.enable and "model" in config.compile.components:
+    if _compiles(config):
         yield (
             ("parallelism.context_parallel_method", "compile.enable", "compile.components"),
             f'{method} does not compile: set compile.enable=false, or use "ulysses" or "allgather"',
@@ -162,12 +167,34 @@ def _recomputation(config: JobConfig) -> Iterator[Finding]:
         parse_selective_option(section.selective_ac_option)
     except ValueError as error:
         yield ("activation_checkpoint.selective_ac_option",), str(error)
-    if section.mode == "memory_budget" and not (config.compile.enable and "model" in config.compile.components):
+    if section.mode == "memory_budget" and not _compiles(config):
         yield (
             ("activation_checkpoint.mode", "compile.enable", "compile.components"),
             'activation_checkpoint.mode="memory_budget" is the compiler\'s work: set compile.enable=true with "model" '
             'among compile.components, or use "selective"',
         )
+
+
+def _offload(config: JobConfig) -> Iterator[Finding]:
+    section = config.activation_checkpoint
+    if not section.cpu_offload:
+        return
+    key, tp = "activation_checkpoint.cpu_offload", config.parallelism.tensor_parallel_degree
+    if section.mode == "selective" and section.selective_ac_option == "op" and not _compiles(config):
+        yield (
+            (key, "activation_checkpoint.selective_ac_option", "compile.enable", "compile.components"),
+            f'{key}=true moves what autograd keeps, and selective_ac_option="op" keeps its products elsewhere: use '
+            'activation_checkpoint.mode="full" or "none", selective_ac_option=2, or compile.enable=true',
+        )
+    for other, value, what in (
+        (KEYS["tp"], tp, "parts of tensors" if tp > 1 else ""),
+        ("model.converters", show(config.model.converters), "8-bit tensors" if config.model.converters else ""),
+    ):
+        if what:
+            yield (
+                (key, other),
+                f"{key}=true moves plain tensors, not the {what} of {other}={value}: leave one of them out",
+            )
 
 
 def _converters(config: JobConfig) -> Iterator[Finding]:

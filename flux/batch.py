@@ -29,6 +29,14 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _record_stream(batch: Any, stream: torch.cuda.Stream) -> None:
+    def record(tensor: Tensor) -> Tensor:
+        tensor.record_stream(stream)
+        return tensor
+
+    _map(batch, record)
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of a batch, keyed by (seed, stream, position) and drawn on the CPU in fp32."""
@@ -71,8 +79,12 @@ class RawBatch:
         return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "RawBatch":
-        """The data loader calls it when `pin_memory` is on."""
+        """In page-locked memory, from which copies to a GPU need no host. The data loader may have done it already."""
         return _map(self, lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that a stream uses the tensors, which another one has made."""
+        _record_stream(self, stream)
 
 
 @dataclass(frozen=True)
@@ -91,3 +103,7 @@ class EncodedBatch:
     latents_BTC: Tensor  # fp32
     grid: tuple[int, int]  # (rows, columns) of image tokens; T = rows * columns
     text: TextCond
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As RawBatch's."""
+        _record_stream(self, stream)

@@ -90,7 +90,7 @@ def build_conditioner(
         transformer: the encoders' widths must be its context_dim and pooled_dim.
         test_mode: True builds randomly initialized one-layer encoders of these widths for the tiny tokenizers, always
             the same ones, whatever the section names.
-        device: where the encoders live.
+        device: where the encoders work, and live; T5 lives in the CPU's memory where the section says so.
         t5_sharding: splits T5, which is 38 times CLIP's size, over processes. None: this one holds all of it.
         parts: "t5", "clip": those of them that are needed.
 
@@ -99,14 +99,15 @@ def build_conditioner(
     """
     dtype = getattr(torch, encoder.dtype)
     t5, clip = None, None
+    home = "cpu" if encoder.cpu_offload else device
     if test_mode:
         t5, clip = random_encoders(transformer)
-        t5, clip = t5.to(device, dtype), clip.to(device, dtype)
+        t5, clip = t5.to(home, dtype), clip.to(device, dtype)
         if t5_sharding is not None:
             t5_sharding.split(t5, list(t5.encoder.block))
         return T5ClipConditioner(t5, clip, encoder.mask_padding)
     if "t5" in parts:
-        t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, device, t5_sharding)
+        t5 = load_t5(resolve_t5(encoder.t5_encoder).weights, transformer, dtype, home, t5_sharding)
     if "clip" in parts:
         clip = load_clip(resolve_clip(encoder.clip_encoder).weights, transformer, dtype, device)
     return T5ClipConditioner(t5, clip, encoder.mask_padding)

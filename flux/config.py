@@ -52,6 +52,12 @@ class Encoder:
     mask_padding: Annotated[bool, "hide padding tokens from T5 and the transformer; FLUX was trained seeing them"] = (
         False
     )
+    cpu_offload: Annotated[
+        bool, "keep T5's weights in the CPU's memory, from where a GPU fetches one block after the other"
+    ] = False
+    encode_ahead: Annotated[
+        bool, "on a GPU, encode the next batch beside the current step, which takes memory for the encoders' work"
+    ] = True
     sample_posterior: Annotated[bool, "draw latents from the autoencoder's posterior; false: take its mean"] = True
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux.autoencoder import Autoencoder, AutoencoderConfig, config_from_shapes, read_shapes
@@ -29,6 +32,7 @@ class EncoderCost(NamedTuple):
     parameters: int
     flops: int  # for one sample
     largest_block: int  # parameters of the largest of its blocks, which FSDP gathers; 0: it is never split
+    at_work: int = 0  # numbers that it holds at a time, beside its weights, for one sample
 
 
 def count_encoders(section: Encoder, spec: ModelSpec, test_mode: bool, side: int) -> dict[str, EncoderCost]:
@@ -75,10 +79,29 @@ def _autoencoder_config(section: Encoder) -> AutoencoderConfig:
 
 
 def _cost(model: nn.Module, run: Callable[[], object], largest_block: int) -> EncoderCost:
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    counter, held = FlopCounterMode(display=False), _HeldBytes(model)
+    with torch.no_grad(), held, counter:
         run()
-    return EncoderCost(_size(model), counter.get_total_flops(), largest_block)
+    return EncoderCost(_size(model), counter.get_total_flops(), largest_block, held.most // torch.float32.itemsize)
+
+
+class _HeldBytes(TorchDispatchMode):
+    """The most bytes that results of operators take at a time. (torch's own tracker does not see the meta device.)"""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.most = 0
+        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._held = {key: one for key, one in self._held.items() if not one[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._weights:
+                self._held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, sum(size for _, size in self._held.values()))
+        return result
 
 
 def _size(module: nn.Module) -> int:

@@ -13,6 +13,9 @@ from flux.model import SHORT_FOR_CPU, TIME_FEATURES, mlp_width
 from flux.spec import TransformerConfig
 
 _FLOAT32 = 4  # bytes
+# Of what a block keeps elsewhere: so much is here at a time in its backward pass, to which each tensor comes when it is
+# needed. Between a fifth and a half, by torch's memory tracker.
+_FETCHED = 1 / 3
 
 
 class Keep(IntEnum):
@@ -87,6 +90,11 @@ def block_bytes(config: TransformerConfig, batch: LocalBatch, keep: Keep, block:
     return round(batch.samples * per_sample)
 
 
+def blocks_bytes(config: TransformerConfig, batch: LocalBatch, kept: Sequence[Keep]) -> list[int]:
+    """The same of each block, in the order of the forward pass."""
+    return [block_bytes(config, batch, keep, block) for keep, block in zip(kept, list_blocks(config), strict=True)]
+
+
 def inputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
     """Bytes that are kept for what comes before the blocks: inputs, conditions, rotary table."""
     D, pooled = config.hidden_size, config.pooled_dim or 0
@@ -115,7 +123,12 @@ def backward_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
 
 
 def peak_bytes(
-    config: TransformerConfig, batch: LocalBatch, kept: Sequence[Keep], at_most: Keep, gradients: Sequence[int]
+    config: TransformerConfig,
+    batch: LocalBatch,
+    kept: Sequence[Keep],
+    at_most: Keep,
+    gradients: Sequence[int],
+    offloaded: bool = False,
 ) -> int:
     """Largest number of bytes that activations, and gradients with them, take at a time.
 
@@ -123,13 +136,16 @@ def peak_bytes(
         kept: what each block keeps, in the order of the forward pass.
         at_most: what a block that is computed again holds by then.
         gradients: bytes of the gradients of each block's weights, then of all others: they come as activations go.
+        offloaded: what blocks keep is elsewhere until it is needed.
     """
     blocks = list_blocks(config)
-    held = [block_bytes(config, batch, keep, block) for keep, block in zip(kept, blocks, strict=True)]
+    held = [0] * len(kept) if offloaded else blocks_bytes(config, batch, kept)
     inputs, in_flight = inputs_bytes(config, batch), backward_bytes(config, batch)
     peak = max(inputs + sum(held) + outputs_bytes(config, batch), sum(gradients))
     for index in reversed(range(len(kept))):
-        whole = max(held[index], block_bytes(config, batch, at_most, blocks[index]))
+        whole = max(block_bytes(config, batch, keep, blocks[index]) for keep in (kept[index], at_most))
+        if offloaded and kept[index] is not Keep.INPUTS:
+            whole = round(_FETCHED * whole)
         come = sum(gradients[index + 1 : -1])
         # At first nothing of the block's own gradients is there, in the end nothing of its activations.
         peak = max(peak, inputs + sum(held[:index]) + come + max(whole + in_flight, gradients[index]))

@@ -38,7 +38,7 @@ class Parallelism:
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
-    """Recomputation: what the backward pass computes again instead of keeping it."""
+    """What the backward pass computes again, or fetches, instead of keeping it."""
 
     mode: Annotated[
         Literal["none", "full", "selective", "memory_budget"],
@@ -52,6 +52,7 @@ class ActivationCheckpoint:
     memory_budget: Annotated[
         float, "activations that mode memory_budget may keep: 0 as full, 1 as the compiler alone", "[0, 1]"
     ] = 0.5
+    cpu_offload: Annotated[bool, "what blocks keep for the backward pass waits in the CPU's memory"] = False
 
 
 def parse_selective_option(text: str) -> int | None:

@@ -38,7 +38,7 @@ def apply_fsdp(
         cpu_offload: keep parameters, gradients and optimizer states in the CPU's memory.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    offload = _offload(mesh, cpu_offload)
 
     def shard(module: nn.Module, reshard: bool) -> None:
         fully_shard(
@@ -63,16 +63,26 @@ def apply_fsdp(
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
 
 
-def apply_frozen_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Splits a frozen model over the ranks of `mesh`; a block's weights are gathered while it runs and freed after."""
+def apply_frozen_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, cpu_offload: bool) -> None:
+    """Splits a frozen model over the ranks of `mesh`, which may be one; a block's weights are gathered while the one
+    before it runs, and freed after its own run.
+
+    Args:
+        cpu_offload: they are gathered from the CPU's memory. The model must be given its weights there.
+    """
     for module in (*blocks, model):
-        fully_shard(module, mesh=_spread(mesh), reshard_after_forward=True)
+        fully_shard(module, mesh=_spread(mesh), reshard_after_forward=True, offload_policy=_offload(mesh, cpu_offload))
+    _prefetch(blocks, Parallelism(fsdp_forward_prefetch=1))
 
 
 def reshard(model: nn.Module) -> None:
     """Frees gathered weights that a pass without backward has left, so that parameters are the ranks' own parts."""
     for module in _fsdp_modules(model):
         module.reshard()
+
+
+def _offload(mesh: DeviceMesh, cpu_offload: bool) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
 
 
 def _spread(mesh: DeviceMesh) -> DeviceMesh:

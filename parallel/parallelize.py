@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.activation_offload import apply_activation_offload
 from parallel.compile import apply_compile, check_compiler, compiles_model
 from parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
 from parallel.context_parallel import apply_context_parallel
@@ -80,7 +81,8 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
     3. Context parallel replaces attention, which recomputation then repeats or keeps.
     4. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
     5. Compilation takes each block as it is by then, as one graph.
-    6. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
+    6. Offload wraps the call of each block, compiled or not: what is compiled has no place for its hooks.
+    7. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
        pass and once for the backward pass, recomputation included.
     """
     blocks = list(find_modules(model, plan.blocks).values())
@@ -95,6 +97,8 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
         apply_context_parallel(model, plan.attention, cp, techniques.parallelism.context_parallel_method)
     apply_activation_checkpoint(blocks, techniques.activation_checkpoint)
     apply_compile(blocks, techniques.compile)
+    if techniques.activation_checkpoint.cpu_offload:
+        apply_activation_offload(blocks, pin_memory=layout.device.type == "cuda")
     mixed = any(parameter.dtype != techniques.param_dtype for parameter in model.parameters())
     if layout.degrees.dp * layout.degrees.cp > 1 or mixed or techniques.cpu_offload:
         assert layout.weights is not None

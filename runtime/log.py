@@ -81,7 +81,7 @@ class StepLog:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Shows of the figures of a logged step: loss, grad_norm, lr, samples_per_s, mfu_percent where it is known,
-        data_wait_percent, memory_gib.
+        data_wait_percent, encode_percent, memory_gib.
         """
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(values))
@@ -100,5 +100,5 @@ def _figures(values: Mapping[str, float]) -> str:
     return (
         f"loss {values['loss']:6.4f}  grad {values['grad_norm']:5.2f}  lr {values['lr']:.1e}  "
         f"{rate:6.{0 if rate >= 100 else 1}f} samples/s  {mfu}data {values['data_wait_percent']:4.1f} %  "
-        f"mem {values['memory_gib']:.1f} GiB"
+        f"encode {values['encode_percent']:4.1f} %  mem {values['memory_gib']:.1f} GiB"
     )

@@ -9,7 +9,6 @@ links run as fast as they are sold and hide all the rest, and what an update tak
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,16 +25,18 @@ from estimate import (
     MATMUL_SHARE,
     Memory,
     Seconds,
+    cached_bytes,
     estimate_memory,
     estimate_seconds,
     flops_per_sample,
     is_stored,
     needed_encoders,
-    parameter_shapes,
+    parameter_count,
+    usable_bytes,
 )
 from flux.encoder_costs import EncoderCost
 from flux.flops import forward_flops, training_flops, with_unit
-from flux.spec import LATENT_STRIDE, SPECS
+from flux.spec import SPECS
 from parallel.config import ActivationCheckpoint
 from parallel.degrees import Degrees, divisors, resolve_degrees
 from parallel.estimate import Links
@@ -45,10 +46,7 @@ from runtime.log import setup_logging
 from train import EXIT_CODES
 
 GIB = 2**30
-RESERVED = 2 * GIB  # what the driver, communication buffers and libraries take
-USABLE = 0.92  # of the rest; the allocator cannot use every gap
 WORTH_CHANGING = 0.97  # a proposal takes at most this share of the configuration's time
-BF16 = 2  # bytes
 RECOMPUTATION = (
     ActivationCheckpoint(mode="none"),
     ActivationCheckpoint(mode="selective", selective_ac_option="op"),
@@ -82,7 +80,7 @@ class Machines:
     @property
     def room(self) -> float:
         """Bytes that a rank can use."""
-        return USABLE * (self.chip.memory_gib * GIB - RESERVED)
+        return usable_bytes(self.chip.memory_gib * GIB)
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,6 @@ def changed_options(before: Plan, after: Plan) -> list[str]:
     return wanted
 
 
-def cached_bytes(config: JobConfig, side: int) -> int:
-    """Bytes of one sample in a cache of all parts in bfloat16, without padding left out."""
-    spec, grid = SPECS[config.model.flavor], (side // LATENT_STRIDE) ** 2
-    text = config.encoder.max_t5_encoding_len * spec.transformer.context_dim + (spec.transformer.pooled_dim or 0)
-    return BF16 * (2 * spec.codec.latent_channels * grid + text)
-
-
 def validation_seconds(plan: Plan, chip: Accelerator) -> tuple[float | None, float]:
     """Of one validation loss and of one grid of pictures, all groups of ranks at work; None: it is not known how many
     samples there are.
@@ -221,7 +212,7 @@ def _rows(plans: Sequence[Plan], machines: Machines, samples: int) -> Iterator[t
         sizes = [getattr(one.memory, name) for one in plans]
         if name == "activations":
             yield f"  {name}", [_activations(one) for one in plans]
-        elif any(sizes) and name != "peak":
+        elif any(sizes) and name not in ("host", "peak"):
             yield f"  {name}", [_size(size) for size in sizes]
     room = _size(machines.room)
     verdicts = ["fits" if one.fits(machines) else "DOES NOT FIT" for one in plans]
@@ -247,7 +238,8 @@ def _activations(plan: Plan) -> str:
     """With a memory budget the compiler chooses, between what full recomputation keeps and what it keeps by itself."""
     if plan.config.activation_checkpoint.mode != "memory_budget":
         return _size(plan.memory.activations)
-    least = replace(plan.config, activation_checkpoint=ActivationCheckpoint(mode="full"))
+    section = replace(plan.config.activation_checkpoint, mode="full", ratio=1.0)
+    least = replace(plan.config, activation_checkpoint=section)
     low = estimate_memory(least, plan.degrees, False, {}).activations
     return f"{_size(low)} to {_size(plan.memory.activations)}"
 
@@ -294,15 +286,24 @@ def _extras(plan: Plan, machines: Machines) -> Iterator[str]:
 
 def _caveats(plan: Plan) -> Iterator[str]:
     """What the figures do not know of this configuration."""
-    training = plan.config.training
-    if training.enable_cpu_offload:
-        yield "note: weights, gradients and optimizer states are in the host's memory, which the times leave out"
+    if in_host := ", ".join(_in_host(plan.config)):
+        size = _size(plan.memory.host)
+        yield f"note: {size} ({in_host}) of each rank are in the host's memory, which the times leave out"
     if compute_dtype(plan.config) is torch.float32:
         yield "note: the times are of products in bfloat16; in float32 they take many times as long"
     if plan.config.data.buckets.enable:
         yield "note: the figures are of squares of training.img_size, not of the shapes of [data.buckets]"
     if plan.seconds.ceiling < SHORT_UPDATE:
         yield "note: the launching of kernels is not counted, and is most of so short an update"
+
+
+def _in_host(config: JobConfig) -> Iterator[str]:
+    if config.training.enable_cpu_offload:
+        yield "weights, gradients and optimizer states"
+    if config.activation_checkpoint.cpu_offload:
+        yield "activations"
+    if config.encoder.cpu_offload:
+        yield "T5's weights"
 
 
 def as_json(plan: Plan, machines: Machines) -> dict[str, Any]:
@@ -317,10 +318,6 @@ def as_json(plan: Plan, machines: Machines) -> dict[str, Any]:
         "fits": plan.fits(machines),
         "seconds": {**asdict(plan.seconds), "floor": plan.seconds.floor, "ceiling": plan.seconds.ceiling},
     }
-
-
-def parameter_count(config: JobConfig) -> int:
-    return sum(map(math.prod, parameter_shapes(SPECS[config.model.flavor].transformer).values()))
 
 
 def _name_recomputation(config: JobConfig) -> str:
@@ -369,7 +366,7 @@ def main(argv: list[str]) -> None:
     encoders = needed_encoders(config)
     plan = make_plan(config, machines, encoders)
     # What the host adds is not known, so nothing can be said to be faster.
-    proposal = plan if config.training.enable_cpu_offload else propose(plan, machines, encoders)
+    proposal = plan if any(_in_host(config)) else propose(plan, machines, encoders)
     samples = arguments.samples or config.training.steps * plan.update_size
     print("\n".join(describe(plan, proposal, machines, samples)))
     if arguments.json:

@@ -18,13 +18,13 @@ class StepTimer:
     def __init__(self, on_gpu: bool = False):
         self._on_gpu = on_gpu
         self._is_paused = False
+        self._encoded_on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # begin and end
         self._begin()
 
     def _begin(self) -> None:
         self._started = time.perf_counter()
         self._waited = 0.0
         self._encoded = 0.0
-        self._encoded_on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # begin and end
         self._paused = 0.0
         self._samples = 0
         self._flops = 0.0
@@ -38,7 +38,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
-        """Time spent in the frozen encoders; that of a pause does not count."""
+        """Time spent in the frozen encoders, on the stream that they work on; that of a pause does not count."""
         if self._is_paused:
             yield
         elif self._on_gpu:
@@ -68,10 +68,13 @@ class StepTimer:
     def read(self) -> dict[str, float]:
         """samples_per_s, tflops (10^12 per second), data_wait_percent and encode_percent (0..100) since the last call.
 
-        To be called when the GPU has done all that it was given.
+        To be called when the GPU has done all steps that it was given. A batch that is still encoded beside them counts
+        the next time.
         """
         trained = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        encoded = self._encoded + sum(begin.elapsed_time(end) for begin, end in self._encoded_on_gpu) / 1e3
+        done = [pair for pair in self._encoded_on_gpu if pair[1].query()]
+        self._encoded_on_gpu = self._encoded_on_gpu[len(done) :]  # they end in the order of the list
+        encoded = self._encoded + sum(begin.elapsed_time(end) for begin, end in done) / 1e3
         values = {
             "samples_per_s": self._samples / trained,
             "tflops": self._flops / trained / 1e12,

@@ -1,6 +1,7 @@
 """The comparison of layouts on GPUs with NCCL, and one GPU's techniques beside fp32; skipped where there are none."""
 
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,11 @@ TECHNIQUES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "bf16": ((BF16,), None),
     "bf16, compile": ((BF16, "--compile.enable"), None),
     "bf16, recompute full": ((BF16, "--activation_checkpoint.mode=full"), None),
+    "bf16, offload": ((BF16, "--activation_checkpoint.cpu_offload"), None),
+    "bf16, offload, recompute full, compile": (
+        (BF16, "--activation_checkpoint.cpu_offload", "--activation_checkpoint.mode=full", "--compile.enable"),
+        None,
+    ),
     "float8 tensorwise, compile": ((BF16, FLOAT8, "--compile.enable"), None),
     "float8 rowwise, compile": (
         (BF16, FLOAT8, "--quantize.linear.float8.recipe_name=rowwise", "--compile.enable"),
@@ -126,7 +132,9 @@ def train_unwatched(rank: int, world_size: int, folder: str, overrides: tuple[st
 
 
 @pytest.mark.parametrize(
-    "options", [(), (BATCH(4), "--training.global_batch_size=8")], ids=["one batch", "accumulated"]
+    "options",
+    [(), (BATCH(4), "--training.global_batch_size=8"), ("--activation_checkpoint.cpu_offload",)],
+    ids=["one batch", "accumulated", "offloaded"],
 )
 def test_no_step_waits_for_the_gpu_to_tell_a_figure(tmp_path, options):
     figures, said = run_ranks(train_unwatched, 1, str(tmp_path), options, timeout=600, device="cuda")[0]
@@ -134,3 +142,95 @@ def test_no_step_waits_for_the_gpu_to_tell_a_figure(tmp_path, options):
     assert 0 < figures["encode_percent"] < 100 and 0 < figures["matmul_percent"] < 100
     assert sum(value**2 for name, value in figures.items() if name.startswith("grad_norm/")) > 0
     assert figures["loss_max"] == pytest.approx(figures["loss"], rel=LOSS_TOLERANCE)
+
+
+def train_exactly(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -> tuple[list, dict]:
+    """Loss and gradient norm of each step with deterministic kernels, and what is known of the encoders after them."""
+    from train import FluxTrainer, build_run_layout
+    from training.determinism import apply_determinism
+
+    apply_determinism(True, warn_only=False)
+    config = load_config([*DEBUG, BF16, "--training.steps=8", *overrides], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    batches = islice(trainer.loader, 8 * trainer.accumulation)
+    told = [tuple(one.item() for one in trainer.train_step(batches)) for _ in range(8)]
+    weight = next(trainer.encoders.conditioner.t5.parameters())
+    local = getattr(weight, "_local_tensor", weight)
+    return told, {"home": local.device.type, "pinned": local.is_pinned(), "ahead": trainer.ahead.stream is not None}
+
+
+@pytest.mark.parametrize("options", [(), (BATCH(4), "--training.global_batch_size=8")], ids=["one", "accumulated"])
+def test_encoders_beside_the_step_or_in_the_hosts_memory_change_no_bit(tmp_path, options):
+    def run(*more: str) -> tuple[list, dict]:
+        return run_ranks(train_exactly, 1, str(tmp_path), (*options, *more), timeout=600, device="cuda")[0]
+
+    in_turn, known = run("--encoder.encode_ahead=false")
+    assert known == {"home": "cuda", "pinned": False, "ahead": False}
+    beside, known = run()
+    assert known == {"home": "cuda", "pinned": False, "ahead": True}
+    offloaded, known = run("--encoder.cpu_offload")
+    assert known == {"home": "cpu", "pinned": True, "ahead": True}
+    assert beside == in_turn and offloaded == in_turn
+    assert run("--debug.seed=1")[0] != in_turn
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs 2 GPUs")
+def test_encoders_that_ranks_share_work_beside_the_step(tmp_path):
+    """T5 is gathered on another stream than the model: ranks that gathered in different orders would wait forever."""
+    runs = [
+        run_ranks(train_exactly, 2, str(tmp_path), (BATCH(4), *more), timeout=600, device="cuda")
+        for more in (("--encoder.encode_ahead=false",), (), ("--encoder.cpu_offload",))
+    ]
+    assert [[told for told, _ in run] for run in runs] == 3 * [[told for told, _ in runs[0]]]
+
+
+def encode_beside_a_busy_gpu(rank: int, world_size: int, folder: str) -> bool:
+    """Whether the next batch is encoded while the stream of the steps is still at work."""
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*DEBUG, BF16], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    batches = iter(trainer.loader)
+    for _ in range(3):  # allocates, and chooses kernels
+        trainer.train_step(batches)
+    trainer.ahead.take(batches)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # cycles: two seconds
+    at_work = torch.cuda.Event()
+    at_work.record()
+    trainer.ahead.look_ahead(batches)
+    trainer.ahead.stream.synchronize()
+    return not at_work.query()
+
+
+def test_a_batch_is_encoded_while_a_step_runs(tmp_path):
+    assert run_ranks(encode_beside_a_busy_gpu, 1, str(tmp_path), timeout=600, device="cuda") == [True]
+
+
+def kept_on_the_gpu(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -> tuple[int, list[float]]:
+    """Bytes that a forward pass leaves for the backward pass, and the norms of the modules' gradients after it."""
+    from train import FluxTrainer, build_run_layout
+
+    config = load_config([*DEBUG, BF16, "--encoder.encode_ahead=false", *overrides], world_size)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
+    batches = iter(trainer.loader)
+    trainer.train_step(batches)
+    raw, encoded = trainer.ahead.take(batches)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    loss = trainer.squared_errors(raw, encoded).sum()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    trainer.clip_gradients()
+    return kept, [norm.item() for norm in trainer.grad_norms.values()]
+
+
+def test_offloaded_activations_leave_the_gpu(tmp_path):
+    def run(*options: str) -> tuple[int, list[float]]:
+        return run_ranks(kept_on_the_gpu, 1, str(tmp_path), options, timeout=600, device="cuda")[0]
+
+    kept, norms = run()
+    offloaded, same = run("--activation_checkpoint.cpu_offload")
+    assert offloaded < 0.2 * kept
+    assert same == pytest.approx(norms, rel=CURVE_TOLERANCE)

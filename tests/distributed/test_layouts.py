@@ -47,6 +47,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         (BATCH(4), "--parallelism.fsdp_forward_prefetch=2", "--parallelism.fsdp_backward_prefetch=3"),
     ),
     "fsdp 2, cpu offload": (2, (BATCH(4), "--training.enable_cpu_offload")),
+    "activation offload": (1, (BATCH(8), "--activation_checkpoint.cpu_offload")),
+    "fsdp 2, activation offload, recompute full": (
+        2,
+        (BATCH(4), "--activation_checkpoint.cpu_offload", RECOMPUTE("full")),
+    ),
+    "cp 2 ring, activation offload": (2, (CP(2), METHOD("ring"), "--activation_checkpoint.cpu_offload")),
+    "fsdp 2, activation offload, compile": (
+        2,
+        (BATCH(4), "--activation_checkpoint.cpu_offload", "--compile.enable", "--compile.backend=aot_eager"),
+    ),
+    "encoder offload": (1, (BATCH(8), "--encoder.cpu_offload")),
+    "fsdp 2, encoder offload": (2, (BATCH(4), "--encoder.cpu_offload")),
     "recompute full": (1, (RECOMPUTE("full"),)),
     "recompute half": (1, (RECOMPUTE("full"), "--activation_checkpoint.ratio=0.5")),
     "recompute every 2nd": (1, (RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=2")),

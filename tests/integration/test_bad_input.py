@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import memory_advice
 from scripts import sample
 from tests.integration.short_runs import TINY
 from train import EXIT_CODES, main, recorded_exit
@@ -165,3 +167,17 @@ def test_photographs_with_the_tiny_autoencoder_warn_once(capfd, tmp_path):
     said = capfd.readouterr().err
     assert said.count("warning: the tiny autoencoder blurs photographs") == 1
     assert (tmp_path / "run" / "img" / "step-000002.png").exists()
+
+
+def test_a_plan_that_does_not_fit_ends_the_run_before_anything_is_built(monkeypatch, tmp_path, capfd):
+    """A GPU of 1 MiB, which no CPU of a test is."""
+
+    def check_on_gpu(config, layout):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2**20, 2**30))
+        memory_advice.check_memory(config, replace(layout, device=torch.device("cuda")))
+
+    monkeypatch.setattr("train.check_memory", check_on_gpu)
+    monkeypatch.setattr("train.FluxTrainer", lambda *_arguments: pytest.fail("built"))
+    code, said = fail(capfd, tmp_path)
+    assert code == EXIT_CODES[ValueError] and "does not fit into memory with training.local_batch_size=" in said
+    assert not (tmp_path / "run").exists()

@@ -179,7 +179,7 @@ def test_training_and_validation_share_the_same_lines(tmp_path):
     trainer = FluxTrainer(config, tmp_path, Layout(Degrees(), torch.device("cpu")))
     batches = list(trainer.evaluator.loader)
     with torch.no_grad():
-        errors = sum(trainer.squared_errors(raw).double().sum().item() for raw in batches)
+        errors = sum(trainer.squared_errors(*trainer.ahead.encode(raw)).double().sum().item() for raw in batches)
     mean = errors / sum(raw.draws.noise_BTC.numel() for raw in batches)
     assert trainer.evaluator.validate(0)["validation_loss"] == pytest.approx(mean, rel=1e-12)
 

@@ -52,6 +52,14 @@ def test_alone_in_bf16_with_accumulation(tmp_path, capsys, inputs):
     assert "4 x (4 image + 4 text tokens)" in capsys.readouterr().out
 
 
+def test_variants(tmp_path, capsys):
+    variant = "training.mixed_precision_param=bfloat16 ema.enable=true"
+    figures = run(tmp_path, "--variant", variant)
+    assert set(figures["steps"]) == {"update", variant} and list(figures["ratios"]) == [f"{variant} / update"]
+    assert "ema" in figures["steps"][variant]["region_percent"]
+    assert f"{variant} / update = " in capsys.readouterr().out
+
+
 def test_naive_is_recomputed_and_not_compiled(monkeypatch, tmp_path):
     """The other side has what the options ask for; naive has not."""
     seen = {}

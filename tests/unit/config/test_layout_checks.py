@@ -105,6 +105,25 @@ FAULTS = [
         '"ulysses" or "allgather"',
     ),
     (
+        "--activation_checkpoint.cpu_offload --parallelism.tensor_parallel_degree=2",
+        2,
+        "activation_checkpoint.cpu_offload=true moves plain tensors, not the parts of tensors of "
+        "parallelism.tensor_parallel_degree=2: leave one of them out",
+    ),
+    (
+        "--activation_checkpoint.cpu_offload --activation_checkpoint.selective_ac_option=op",
+        None,
+        'activation_checkpoint.cpu_offload=true moves what autograd keeps, and selective_ac_option="op" keeps its '
+        'products elsewhere: use activation_checkpoint.mode="full" or "none", selective_ac_option=2, or '
+        "compile.enable=true",
+    ),
+    (
+        "--activation_checkpoint.cpu_offload --model.converters=quantize.linear.float8",
+        1,
+        "activation_checkpoint.cpu_offload=true moves plain tensors, not the 8-bit tensors of "
+        'model.converters=["quantize.linear.float8"]: leave one of them out',
+    ),
+    (
         "--activation_checkpoint.selective_ac_option=0",
         None,
         'activation_checkpoint.selective_ac_option="0" must be "op", or n for every n-th block: use "op", "1", "2" or '

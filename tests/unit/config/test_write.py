@@ -38,7 +38,13 @@ def values_of(key: Key) -> st.SearchStrategy:
         values = st.sampled_from(["none", "selective", "full"])
     elif key.name == "activation_checkpoint.selective_ac_option":
         values = st.sampled_from(["op", "1", "7"])
-    elif key.name.endswith((".enable_fsdp_float8_all_gather", ".precompute_float8_dynamic_scale_for_fsdp")):
+    elif key.name.endswith(
+        (
+            ".enable_fsdp_float8_all_gather",
+            ".precompute_float8_dynamic_scale_for_fsdp",
+            "activation_checkpoint.cpu_offload",
+        )
+    ):
         values = st.just(False)
     elif key.name == "training.mixed_precision_param":
         values = st.just("bfloat16")

@@ -1,6 +1,10 @@
 """Sizes and operations of the frozen encoders, against published ones and against the loaded networks."""
 
 import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
 from flux.autoencoder import Autoencoder, AutoencoderConfig
 from flux.config import Encoder
@@ -10,6 +14,8 @@ from flux.text_folders import CLIP_NAME, T5_NAME
 
 # Published counts; the autoencoder has both halves, of which only the encoder runs.
 T5_XXL_ENCODER, CLIP_L_TEXT, AUTOENCODER = 4_762_310_656, 123_060_480, 83_819_683
+
+HELD_TOLERANCE = 0.02  # of statistics of norms, which the tracker has no place for
 
 
 def flux_encoders(**changes: object) -> Encoder:
@@ -43,3 +49,31 @@ def test_encoders_of_a_laptop_and_of_test_mode() -> None:
 def test_a_folder_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="t5_encoder='nowhere' must be a folder"):
         count_encoders(flux_encoders(t5_encoder="nowhere"), SPECS["flux-dev"], False, 256)
+
+
+def tracked_by_torch(model: nn.Module, *shape: int) -> int:
+    """Numbers that torch's memory tracker sees beside the weights, on a CPU that only pretends to compute."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            model(torch.empty(shape))
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return sum(size for kind, size in snapshot.items() if kind in (_MemRefType.ACT, _MemRefType.TEMP)) // 4
+
+
+def test_what_an_encoder_holds_at_work() -> None:
+    costs = {side: count_encoders(flux_encoders(), SPECS["flux-dev"], False, side) for side in (256, 512)}
+    small, large = (costs[side]["autoencoder"].at_work for side in (256, 512))
+    with torch.device("meta"):
+        autoencoder = Autoencoder(AutoencoderConfig())
+    autoencoder.forward = autoencoder.encode  # type: ignore[method-assign]
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # tensors change their class
+    try:
+        tracked = tracked_by_torch(autoencoder, 1, 3, 256, 256)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+    assert small == pytest.approx(tracked, rel=HELD_TOLERANCE)
+    assert large == pytest.approx(4 * small, rel=HELD_TOLERANCE), "as many pixels more"

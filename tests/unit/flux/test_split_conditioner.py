@@ -37,6 +37,8 @@ class Share:
     clip_parameters: int
     whole_weights: bool  # the parts of all ranks are the weights of the whole model
     freed: bool  # after the forward pass the rank holds its own part again
+    offloaded: set[bool]  # what FSDP says of each parameter
+    ahead: list[int]  # blocks that are gathered while one runs
 
 
 def encode(conditioner, test_mode: bool, seed: int = 0):
@@ -45,14 +47,23 @@ def encode(conditioner, test_mode: bool, seed: int = 0):
     return conditioner.encode(tokens)
 
 
-def split_encode(rank: int, world_size: int, test_mode: bool, copies: int, dtype: str, is_forgetful: bool) -> Share:
+def split_encode(
+    rank: int,
+    world_size: int,
+    test_mode: bool,
+    copies: int,
+    dtype: str,
+    is_forgetful: bool = False,
+    cpu_offload: bool = False,
+) -> Share:
     mesh = init_device_mesh("cpu", (copies, world_size // copies), mesh_dim_names=("dp_replicate", "replica"))
 
     def forget(parameter: torch.Tensor, full: torch.Tensor) -> None:
         copy_full_(parameter, full if rank == 0 else torch.zeros_like(full))
 
-    sharding = Sharding(partial(apply_frozen_fsdp, mesh=mesh), forget if is_forgetful else copy_full_)
-    section = replace(SECTION, dtype=dtype)
+    section = replace(SECTION, dtype=dtype, cpu_offload=cpu_offload)
+    split = partial(apply_frozen_fsdp, mesh=mesh, cpu_offload=cpu_offload)
+    sharding = Sharding(split, forget if is_forgetful else copy_full_)
     whole = build_conditioner(section, TINY, test_mode, "cpu")
     split = build_conditioner(section, TINY, test_mode, "cpu", sharding)
     same = all(
@@ -65,6 +76,7 @@ def split_encode(rank: int, world_size: int, test_mode: bool, copies: int, dtype
     cond = encode(split, test_mode)
     encode(split, test_mode)  # a second time, from freed weights
     assert not any(parameter.requires_grad for parameter in split.t5.parameters()) and not split.t5.training
+    states = [module._get_fsdp_state() for module in (*split.t5.encoder.block, split.t5)]
     return Share(
         txt_BLE=cond.txt_BLE.float().numpy(),
         pooled_BV=cond.pooled_BV.float().numpy(),
@@ -74,6 +86,8 @@ def split_encode(rank: int, world_size: int, test_mode: bool, copies: int, dtype
         clip_parameters=sum(parameter.numel() for parameter in split.clip.parameters()),
         whole_weights=same,
         freed=held(split.t5) == before,
+        offloaded={one.offload_to_cpu for state in states for one in state._fsdp_param_group.fsdp_params},
+        ahead=[len(state._states_to_forward_prefetch) for state in states],
     )
 
 
@@ -85,13 +99,16 @@ def held(model: nn.Module) -> int:
 @pytest.mark.parametrize("test_mode", [False, True], ids=["files", "test mode"])
 def test_a_split_t5_gives_the_same_features(test_mode):
     cond = encode(build_conditioner(SECTION, TINY, test_mode, "cpu"), test_mode)
-    for share in run_ranks(split_encode, RANKS, test_mode, 1, "float32", False):
+    for share in run_ranks(split_encode, RANKS, test_mode, 1, "float32"):
         assert np.abs(share.txt_BLE - cond.txt_BLE.numpy()).max() <= SAME
         assert np.abs(share.pooled_BV - cond.pooled_BV.numpy()).max() <= SAME
         assert share.whole_weights and share.freed
         # Rows divide evenly here, but for the few of the position bias.
         assert share.t5_bytes == pytest.approx(4 * share.t5_parameters / RANKS, rel=1e-3)
         assert share.clip_bytes == 4 * share.clip_parameters, "CLIP is small and whole everywhere"
+        assert share.offloaded == {False}
+        *blocks, last, root = share.ahead
+        assert set(blocks) <= {1} and last == root == 0
 
 
 def test_a_rank_that_keeps_nothing_is_seen():
@@ -105,6 +122,16 @@ def test_each_copy_of_the_model_has_a_whole_t5():
     """Two copies of the weights on two ranks: nothing is split, nothing differs, in the encoders' dtype."""
     section = replace(SECTION, dtype="bfloat16")
     cond = encode(build_conditioner(section, TINY, False, "cpu"), False)
-    for share in run_ranks(split_encode, RANKS, False, RANKS, "bfloat16", False):
+    for share in run_ranks(split_encode, RANKS, False, RANKS, "bfloat16"):
         assert np.array_equal(share.txt_BLE, cond.txt_BLE.float().numpy())
         assert share.t5_bytes == 2 * share.t5_parameters and share.whole_weights
+
+
+@pytest.mark.parametrize("test_mode", [False, True], ids=["files", "test mode"])
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_weights_in_the_cpus_memory_give_the_same_bits(ranks, test_mode):
+    plain = run_ranks(split_encode, ranks, test_mode, 1, "float32")
+    offloaded = run_ranks(split_encode, ranks, test_mode, 1, "float32", False, True)
+    for share, other in zip(offloaded, plain, strict=True):
+        assert np.array_equal(share.txt_BLE, other.txt_BLE) and share.t5_bytes == other.t5_bytes
+        assert share.offloaded == {True} and share.whole_weights and share.freed

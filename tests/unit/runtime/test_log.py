@@ -12,6 +12,7 @@ VALUES = {
     "lr": 9.8e-4,
     "samples_per_s": 212.3,
     "data_wait_percent": 0.31,
+    "encode_percent": 4.0,
     "memory_gib": 1.21,
 }
 
@@ -50,7 +51,7 @@ def test_step_lines_have_one_width(capsys):
     steps.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == (
-        "step   120/600  loss 0.6213  grad  0.84  lr 9.8e-04     212 samples/s  data  0.3 %  mem 1.2 GiB"
+        "step   120/600  loss 0.6213  grad  0.84  lr 9.8e-04     212 samples/s  data  0.3 %  encode  4.0 %  mem 1.2 GiB"
     )
     assert "     8.2 samples/s" in lines[1]
     assert len({len(line) for line in lines}) == 1
@@ -60,7 +61,7 @@ def test_the_share_of_the_peak_is_shown_where_it_is_known(capsys):
     setup_logging(rank=0)
     steps = StepLog(600)
     steps.report(120, VALUES | {"mfu_percent": 41.25, "matmul_percent": 53.0})
-    assert "212 samples/s  mfu 41.2 %  data  0.3 %" in capsys.readouterr().err
+    assert "212 samples/s  mfu 41.2 %  data  0.3 %  encode  4.0 %" in capsys.readouterr().err
 
 
 def speak():

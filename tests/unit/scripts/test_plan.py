@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config.parse import ConfigError, load_config
-from estimate import needed_encoders
+from estimate import cached_bytes, needed_encoders
 from flux.encoder_costs import EncoderCost
 from flux.flops import training_flops
 from flux.spec import SPECS
@@ -14,7 +14,6 @@ from runtime.hardware import ACCELERATORS
 from scripts.plan import (
     Machines,
     Plan,
-    cached_bytes,
     changed_options,
     main,
     make_plan,
@@ -106,6 +105,11 @@ def test_cost_of_validation() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        (
+            ["--activation_checkpoint.cpu_offload=true"],
+            "GiB (activations) of each rank are in the host's memory, which",
+        ),
+        (["--encoder.cpu_offload=true"], "GiB (T5's weights) of each rank are in the host's memory, which"),
         (["--training.enable_cpu_offload=true"], "in the host's memory, which the times leave out"),
         (["--training.mixed_precision_param=float32"], "in float32 they take many times as long"),
         (["--data.buckets.enable=true"], "not of the shapes of [data.buckets]"),

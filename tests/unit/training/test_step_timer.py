@@ -47,6 +47,7 @@ class Event:
 
     gpu = 0.0
     asked = 0
+    done = float("inf")  # when the GPU is looked at
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -55,7 +56,11 @@ class Event:
     def record(self):
         self.at, Event.gpu = Event.gpu, Event.gpu + 0.3
 
+    def query(self):
+        return self.at <= Event.done
+
     def elapsed_time(self, end):
+        assert self.query() and end.query(), "CUDA raises for an event that is not reached"
         Event.asked += 1
         return 1e3 * (end.at - self.at)
 
@@ -70,6 +75,22 @@ def test_a_gpu_times_the_encoders_and_is_asked_only_at_the_end(now, monkeypatch)
     with timer.paused(), timer.encoding():
         now[0] += 5
     assert Event.asked == 0
+    assert timer.read()["encode_percent"] == pytest.approx(30)
+    now[0] += 1
+    assert timer.read()["encode_percent"] == 0
+
+
+def test_what_is_encoded_ahead_counts_when_it_is_done(now, monkeypatch):
+    monkeypatch.setattr(step_timer.torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "gpu", 0.0)
+    timer = StepTimer(on_gpu=True)
+    for _ in range(2):  # ends at 0.3 and 0.9
+        with timer.encoding():
+            now[0] += 1
+    monkeypatch.setattr(Event, "done", 0.5)
+    assert timer.read()["encode_percent"] == pytest.approx(15)
+    now[0] += 1
+    monkeypatch.setattr(Event, "done", 1.0)
     assert timer.read()["encode_percent"] == pytest.approx(30)
     now[0] += 1
     assert timer.read()["encode_percent"] == 0
