@@ -60,7 +60,7 @@ from train import EXIT_CODES, FluxTrainer
 from training.metrics import peak_memory_gib
 
 Step = Callable[[], Tensor | None]  # one step; returns the prediction, where there is one to compare
-Build = Callable[[JobConfig, Layout, Path], Step]  # the folder is to be made
+Build = Callable[[JobConfig, Layout, Path], Step]
 UPDATE, NAIVE, TRANSFORMER, DIFFUSERS = "update", "naive", "transformer", "diffusers"
 COMPARED = {UPDATE: NAIVE, TRANSFORMER: DIFFUSERS}
 DEFAULTS = [
@@ -87,17 +87,16 @@ def timed_regions(clock: Clock) -> Iterator[None]:
     """Inside, the clock takes the times of what the profiler shows as regions."""
     original = train.region
     for module in (train, encode_ahead):
-        module.region = clock.region
+        vars(module)["region"] = clock.region
     try:
         yield
     finally:
         for module in (train, encode_ahead):
-            module.region = original
+            vars(module)["region"] = original
 
 
 def build_trainer(config: JobConfig, layout: Layout, folder: Path) -> FluxTrainer:
     """A trainer with random weights everywhere: fresh ones hold zeros, which no later step sees."""
-    folder.mkdir()
     trainer = FluxTrainer(config, folder, layout)
     generator = torch.Generator(local_part(next(trainer.model.parameters())).device).manual_seed(layout.rank)
     with torch.no_grad():
@@ -182,7 +181,10 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
     in_turns = [[name] for name in builds] if layout.device.type == "cuda" else [list(builds)]
     clock, times, predictions = Clock(layout.device), dict[str, Times](), dict[str, Tensor]()
     for names in in_turns:
-        steps = {name: builds[name][1](builds[name][0], layouts[name], folder / str(len(times))) for name in names}
+        steps = {}
+        for name in names:
+            config, build = builds[name]
+            steps[name] = build(config, layouts[name], Path(tempfile.mkdtemp(dir=folder)))
         predictions |= {name: prediction.cpu() for name in names if (prediction := steps[name]()) is not None}
         with timed_regions(clock):
             times |= measure(steps, clock, args.steps, args.warmup)
