@@ -5,9 +5,7 @@
 What the parts of a run are made of stands in build.py.
 """
 
-import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -47,7 +45,7 @@ from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import Evaluator
-from flux.batch import BadRecord, RawBatch
+from flux.batch import RawBatch
 from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
@@ -67,14 +65,14 @@ from parallel.quantize import after_update
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
-from runtime.log import StepLog, log_stage, setup_logging
+from runtime.log import log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
-from training.bad_samples import BadSamples
+from step_report import StepReport
 from training.determinism import apply_determinism
 from training.ema import build_ema, update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
-from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
+from training.metrics import METRICS_NAME, MetricsLogger
 from training.optimizer import build_optimizer
 from training.plots import save_loss_curve
 from training.profiling import Profiler
@@ -141,8 +139,9 @@ class FluxTrainer:
         if layout.rank == 0:
             mllog = build_mllog(config, folder, layout, data) if config.metrics.enable_mllog else None
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
-            self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
-        self.timer, self.bad, self.noted = StepTimer(self.device.type == "cuda"), list[BadRecord](), self.cursor
+        self.timer = StepTimer(self.device.type == "cuda")
+        tools = self.metrics, self.timer, self.peaks
+        self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
         self.by_module, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
         self.evaluator: Evaluator | None = None
@@ -168,7 +167,7 @@ class FluxTrainer:
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
-        self._note_bad_samples()
+        self.report.tell_all(self.step, self.cursor)
         state = {
             "step": self.step,
             "samples_seen": self.cursor,
@@ -222,7 +221,7 @@ class FluxTrainer:
         for _ in range(self.accumulation):
             with region("data"), self.timer.waiting():
                 raw = next(batches)
-            self.bad += raw.bad
+            self.report.bad += raw.bad
             sample_elements = raw.draws.noise_BTC[0].numel()
             errors_B = self.squared_errors(raw)
             micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
@@ -264,31 +263,36 @@ class FluxTrainer:
             self.save()
             return self.checkpointer.finish()
         batches = iter(self.loader)
-        steps = StepLog(training.steps, done=self.step, shown=self.layout.rank == 0)
         if self.step >= training.steps:
             log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
         first_step = self.step + 1
-        if self.metrics:
-            self.metrics.start_run(self.step)
+        self.report.start(self.step)
         while self.step < training.steps:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
-            steps.advance()
+            self.report.advance()
             self.checkpointer.poll()
-            if is_logged := self._is_logged(self.step):
-                self._note_bad_samples()
-                steps.report(self.step, self._log_step(loss, grad_norm, float(lr)))
+            self.report.tell()  # of the step before: the device works on this one meanwhile
+            if self._is_logged(self.step):
+                self._log_step(loss, grad_norm, float(lr))
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 after_step()
-                reached = self.evaluator is not None and self.evaluator.evaluate(self.step, self.cursor)
-                if self._must_save(is_logged, reached):
+                reached = self._evaluate()
+                if self._must_save(reached):
                     self.save()
             if reached:
                 break
-        steps.close()
+        self.report.close()
         self._finish()
+
+    def _evaluate(self) -> bool:
+        """Validates and draws where that is due. Whether validation.target_loss is reached."""
+        if self.evaluator is None or not self.evaluator.is_due(self.step):
+            return False
+        self.report.tell()
+        return self.evaluator.evaluate(self.step, self.cursor)
 
     def _after_change(self) -> None:
         """Computes anew what follows from the weights."""
@@ -297,12 +301,10 @@ class FluxTrainer:
     def _is_logged(self, step: int) -> bool:
         return step == 1 or self.config.training.is_due(self.config.metrics.log_freq, step)
 
-    def _must_save(self, is_logged: bool, is_last: bool) -> bool:
-        """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
-        if self.checkpointer.is_due(self.step, is_last or self.step == self.config.training.steps):
-            return True
-        by_minutes = is_logged and self.config.checkpoint.interval_minutes > 0
-        return by_minutes and self.layout.agree(self.checkpointer.is_overdue())
+    def _must_save(self, is_last: bool) -> bool:
+        """By steps, or by the minutes that had passed at a logged step."""
+        is_due = self.checkpointer.is_due(self.step, is_last or self.step == self.config.training.steps)
+        return is_due or self.report.save_is_overdue
 
     def _finish(self) -> None:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
@@ -317,42 +319,13 @@ class FluxTrainer:
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
 
-    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
-        memory = torch.tensor([peak_memory_gib(self.device.type)], dtype=torch.float64, device=self.device)
-        ranks = self.layout.gather(torch.cat([self.loss_parts.read(loss), memory])).cpu()  # [dp, cp, tp, figures]
-        speed = self.timer.read()
-        values = {
-            **self.loss_parts.summarize(ranks[:, :, 0, :-1]),
-            "grad_norm": grad_norm.item(),
-            **{f"grad_norm/{name}": norm.item() for name, norm in self.grad_norms.items()},
-            **{f"update_ratio/{name}": ratio.item() for name, ratio in self.update_ratios.items()},
-            "lr": lr,
-            "samples_seen": self.cursor,
-            **speed,
-            **self.peaks.shares(speed["tflops"]),
-            "memory_gib": ranks[..., -1].max().item(),
-        }
-        if self.metrics:
-            self.metrics.log(self.step, values)
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {values['loss']}: lower optimizer.lr={self.config.optimizer.lr:g} or"
-                f" training.max_norm={self.config.training.max_norm:g}, or warm up for longer"
-            )
-        return values
-
-    def _note_bad_samples(self) -> None:
-        """Tells what could not be used since the last call; raises DataError when that is too much."""
-        samples, self.noted = self.cursor - self.noted, self.cursor
-        bad, self.bad = [record._asdict() for record in self.bad], []
-        some = self.layout.any(bool(bad))
-        texts = self.layout.gather_texts(f"bad samples {self.step}", json.dumps(bad)) if some else []
-        sharing = self.layout.degrees.cp * self.layout.degrees.tp
-        if self.metrics and (counts := self.bad_samples.note(samples, [json.loads(text) for text in texts], sharing)):
-            self.metrics.log(self.step, counts)
-        name, complain = f"complaint {self.step}", lambda: self.bad_samples.complaint()
-        if some and (complaint := self.layout.from_rank_0(name, complain)):
-            raise DataError(complaint)
+    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Puts the figures of this step on their way, for which the host does not wait."""
+        norms = {f"grad_norm/{name}": norm for name, norm in self.grad_norms.items()}
+        ratios = {f"update_ratio/{name}": ratio for name, ratio in self.update_ratios.items()}
+        figures = {"grad_norm": grad_norm, **norms, **ratios}
+        overdue = self.checkpointer.is_overdue()
+        self.report.send(self.step, self.cursor, self.loss_parts, loss, figures, lr, overdue)
 
 
 def main(argv: list[str]) -> None:
