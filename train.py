@@ -8,11 +8,11 @@ What the parts of a run are made of stands in build.py.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ from runtime.exit_record import recorded_exit
 from runtime.log import log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
 from step_report import StepReport
+from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
 from training.ema import build_ema, update_ema
 from training.loss_parts import LossParts
@@ -122,6 +123,7 @@ class FluxTrainer:
         self.model = build_model(config, self.spec, layout)
         start_weights(config, self.spec, self.model, layout, found)
         self.loss = compile_loss(squared_errors, config.compile)
+        self.run_micro_batch = CudaGraph(self.add_gradients) if config.compile.cuda_graph else self.add_gradients
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         cost = f"{with_unit(self.sample_flops(training.img_tokens))}FLOP per training sample"
         recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
@@ -191,25 +193,38 @@ class FluxTrainer:
         """Floating-point operations of training on one picture of so many tokens."""
         return training_flops(self.spec.transformer, tokens, self.config.encoder.max_t5_encoding_len)
 
-    def squared_errors(self, raw: RawBatch) -> Tensor:
-        """Batch -> squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that
-        only fills up the batch.
-
-        Training and validation share these lines.
-        """
+    def prepare(self, raw: RawBatch) -> dict[str, Any]:
+        """Batch -> arguments of `errors`: what this rank computes on."""
         raw = raw.to(self.device)
         with region("encode"), self.timer.encoding():
             encoded = self.encoders.encode(raw)
         with region("inputs"):
             inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
+        named = {**inputs, "target_BTC": target_BTC, "counts_B": raw.counts_B}
         # Identity unless context parallel ranks share the tokens.
-        local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
-        local_target_BTC = local.pop("target_BTC")
+        return shard_sequence(named, self.plan.sequence_tensors, self.layout.axis("cp"))
+
+    def errors(self, target_BTC: Tensor, counts_B: Tensor | None, **inputs: Tensor | None) -> Tensor:
+        """Squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that only
+        fills up the batch.
+        """
         with region("forward"):
-            velocity_BTC = self.model(**local)
+            velocity_BTC = self.model(**inputs)
         with region("loss"):
-            errors_B = self.loss(velocity_BTC, local_target_BTC)
-        return errors_B if raw.counts_B is None else errors_B * raw.counts_B
+            errors_B = self.loss(velocity_BTC, target_BTC)
+        return errors_B if counts_B is None else errors_B * counts_B
+
+    def squared_errors(self, raw: RawBatch) -> Tensor:
+        """Batch -> `errors`. Training and validation share these lines."""
+        return self.errors(**self.prepare(raw))
+
+    def add_gradients(self, inputs: Mapping[str, Any], elements: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of one micro-batch: its part of the loss of `elements`, and `errors`."""
+        errors_B = self.errors(**inputs)
+        micro_loss = errors_B.sum() / elements
+        with region("backward"):
+            micro_loss.backward()
+        return micro_loss.detach(), errors_B.detach()
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
         """Gradients of one update, and this rank's part of its loss.
@@ -223,18 +238,16 @@ class FluxTrainer:
                 raw = next(batches)
             self.report.bad += raw.bad
             sample_elements = raw.draws.noise_BTC[0].numel()
-            errors_B = self.squared_errors(raw)
-            micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
-            with region("backward"):
-                micro_loss.backward()
-            loss += micro_loss.detach()
-            self.loss_parts.add(errors_B.detach() / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
+            micro_loss, errors_B = self.run_micro_batch(self.prepare(raw), sample_elements * raw.update_samples)
+            loss += micro_loss
+            self.loss_parts.add(errors_B / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
         return loss
 
     def train_step(self, batches: Iterator[RawBatch]) -> tuple[Tensor, Tensor]:
         """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
-        self.optimizer.zero_grad()
+        # A recorded graph adds to the gradients where they were.
+        self.optimizer.zero_grad(set_to_none=not self.config.compile.cuda_graph)
         loss = self.forward_backward(batches)
         with region("clip"):
             grad_norm = self.clip_gradients()

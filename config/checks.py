@@ -33,14 +33,11 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
     yield from find_data_doubts(config)
     training, validation = config.training, config.validation
     parallelism, attention = config.parallelism, config.model.attention_backend
-    if (
-        attention != "auto"
-        and parallelism.context_parallel_degree > 1
-        and parallelism.context_parallel_method == "ring"
-    ):
+    is_ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_method == "ring"
+    if attention != "auto" and is_ring:
         yield (
-            f'model.attention_backend="{attention}" has no effect with parallelism.context_parallel_method="ring", which '
-            "has a kernel of its own"
+            f'model.attention_backend="{attention}" has no effect with parallelism.context_parallel_method="ring", '
+            "which has a kernel of its own"
         )
     if config.compile.enable and not config.compile.components:
         yield "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both"

@@ -55,7 +55,7 @@ class DryRun:
 
 def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
     """One update of rank 0 of `world_size` pretended ranks."""
-    # A compiled step communicates the same, and compiling it would take minutes; so it does with any kernel of attention.
+    # A compiled step communicates the same, and compiling it would take minutes; no kernel of attention communicates.
     config = replace(
         config,
         model=replace(config.model, attention_backend="auto"),

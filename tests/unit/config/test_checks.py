@@ -52,7 +52,8 @@ DOUBTS = [
         "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both",
     ),
     (
-        "--model.attention_backend=math --parallelism.context_parallel_degree=2 --parallelism.context_parallel_method=ring",
+        "--model.attention_backend=math --parallelism.context_parallel_degree=2"
+        " --parallelism.context_parallel_method=ring",
         'model.attention_backend="math" has no effect with parallelism.context_parallel_method="ring"',
     ),
     ("--training.guidance=3.5", "training.guidance=3.5 has no effect: flux-tiny embeds no guidance"),
