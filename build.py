@@ -123,6 +123,8 @@ def choose_techniques(config: JobConfig) -> Techniques:
         config.compile,
         config.quantize,
         config.model.converters,
+        config.model.attention_backend,
+        has_mask=config.encoder.mask_padding,
         param_dtype=compute_dtype(config),
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         cpu_offload=config.training.enable_cpu_offload,

@@ -72,6 +72,11 @@ class Evaluator:
         if section.eval_freq and section.clip_score_path:  # looked at on every rank: a wrong one ends all of them
             self.clip_scorer = load_clip_scorer(section.clip_score_path, layout.device if metrics else "meta")
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to validate or to draw after `step` updates."""
+        section = self.config.validation
+        return any(self.config.training.is_due(freq, step) for freq in (section.freq, section.eval_freq))
+
     def evaluate(self, step: int, samples: int) -> bool:
         """Validates and draws where that is due after `step` updates of `samples` samples in all, with the weights and
         with their average.

@@ -5,17 +5,15 @@
 What the parts of a run are made of stands in build.py.
 """
 
-import json
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +46,7 @@ from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import Evaluator
-from flux.batch import BadRecord, EncodedBatch, RawBatch
+from flux.batch import EncodedBatch, RawBatch
 from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
@@ -69,14 +67,15 @@ from parallel.quantize import after_update
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from runtime import exit_codes
 from runtime.exit_record import recorded_exit
-from runtime.log import StepLog, log_stage, setup_logging
+from runtime.log import log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
-from training.bad_samples import BadSamples
+from step_report import StepReport
+from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
 from training.ema import build_ema, update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
-from training.metrics import METRICS_NAME, MetricsLogger, peak_memory_gib
+from training.metrics import METRICS_NAME, MetricsLogger
 from training.optimizer import build_optimizer
 from training.plots import save_loss_curve
 from training.profiling import Profiler
@@ -126,6 +125,7 @@ class FluxTrainer:
         self.model = build_model(config, self.spec, layout)
         start_weights(config, self.spec, self.model, layout, found)
         self.loss = compile_loss(squared_errors, config.compile)
+        self.run_micro_batch = CudaGraph(self.add_gradients) if config.compile.cuda_graph else self.add_gradients
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         cost = f"{with_unit(self.sample_flops(training.img_tokens))}FLOP per training sample"
         recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
@@ -143,9 +143,10 @@ class FluxTrainer:
         if layout.rank == 0:
             mllog = build_mllog(config, folder, layout, data) if config.metrics.enable_mllog else None
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
-            self.bad_samples = BadSamples(folder, config.data.max_bad_fraction, self.cursor)
-        self.timer, self.bad, self.noted = StepTimer(self.device.type == "cuda"), list[BadRecord](), self.cursor
+        self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
+        tools = self.metrics, self.timer, self.peaks
+        self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
         self.by_module, self.watched = group_by_module(self.model), middle_blocks(self.model, self.plan.blocks)
         self.evaluator: Evaluator | None = None
@@ -171,7 +172,7 @@ class FluxTrainer:
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
-        self._note_bad_samples()
+        self.report.tell_all(self.step, self.cursor)
         state = {
             "step": self.step,
             "samples_seen": self.cursor,
@@ -195,22 +196,35 @@ class FluxTrainer:
         """Floating-point operations of training on one picture of so many tokens."""
         return training_flops(self.spec.transformer, tokens, self.config.encoder.max_t5_encoding_len)
 
-    def squared_errors(self, raw: RawBatch, encoded: EncodedBatch) -> Tensor:
-        """Batch -> squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that
-        only fills up the batch.
-
-        Training and validation share these lines.
-        """
+    def prepare(self, raw: RawBatch, encoded: EncodedBatch) -> dict[str, Any]:
+        """Batch -> arguments of `errors`: what this rank computes on."""
         with region("inputs"):
             inputs, target_BTC = make_inputs(encoded, raw.draws, self.spec, self.config.training.guidance, self.dtype)
+        named = {**inputs, "target_BTC": target_BTC, "counts_B": raw.counts_B}
         # Identity unless context parallel ranks share the tokens.
-        local = shard_sequence({**inputs, "target_BTC": target_BTC}, self.plan.sequence_tensors, self.layout.axis("cp"))
-        local_target_BTC = local.pop("target_BTC")
+        return shard_sequence(named, self.plan.sequence_tensors, self.layout.axis("cp"))
+
+    def errors(self, target_BTC: Tensor, counts_B: Tensor | None, **inputs: Tensor | None) -> Tensor:
+        """Squared error of every sample's velocity, [B], summed over this rank's tokens of it; 0 for one that only
+        fills up the batch.
+        """
         with region("forward"):
-            velocity_BTC = self.model(**local)
+            velocity_BTC = self.model(**inputs)
         with region("loss"):
-            errors_B = self.loss(velocity_BTC, local_target_BTC)
-        return errors_B if raw.counts_B is None else errors_B * raw.counts_B
+            errors_B = self.loss(velocity_BTC, target_BTC)
+        return errors_B if counts_B is None else errors_B * counts_B
+
+    def squared_errors(self, raw: RawBatch, encoded: EncodedBatch) -> Tensor:
+        """Batch -> `errors`. Training and validation share these lines."""
+        return self.errors(**self.prepare(raw, encoded))
+
+    def add_gradients(self, inputs: Mapping[str, Any], elements: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of one micro-batch: its part of the loss of `elements`, and `errors`."""
+        errors_B = self.errors(**inputs)
+        micro_loss = errors_B.sum() / elements
+        with region("backward"):
+            micro_loss.backward()
+        return micro_loss.detach(), errors_B.detach()
 
     def forward_backward(self, batches: Iterator[RawBatch]) -> Tensor:
         """Gradients of one update, and this rank's part of its loss.
@@ -221,21 +235,20 @@ class FluxTrainer:
         self.loss_parts.begin_update()
         for _ in range(self.accumulation):
             raw, encoded = self.ahead.take(batches)
-            self.bad += raw.bad
+            self.report.bad += raw.bad
             sample_elements = raw.draws.noise_BTC[0].numel()
-            errors_B = self.squared_errors(raw, encoded)
-            self.ahead.look_ahead(batches)  # to be encoded beside the backward pass
-            micro_loss = errors_B.sum() / (sample_elements * raw.update_samples)
-            with region("backward"):
-                micro_loss.backward()
-            loss += micro_loss.detach()
-            self.loss_parts.add(errors_B.detach() / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
+            inputs = self.prepare(raw, encoded)
+            micro_loss, errors_B = self.run_micro_batch(inputs, sample_elements * raw.update_samples)
+            self.ahead.look_ahead(batches)  # while a GPU is still at work on this one
+            loss += micro_loss
+            self.loss_parts.add(errors_B / sample_elements, raw.draws.t_B, raw.uncaptioned_B, raw.counts_B)
         self.timer.count(raw.update_samples, raw.update_samples * self.sample_flops(raw.draws.noise_BTC.shape[1]))
         return loss
 
     def train_step(self, batches: Iterator[RawBatch]) -> tuple[Tensor, Tensor]:
         """One update. Returns this rank's part of its loss and the gradient norm before clipping, on the device."""
-        self.optimizer.zero_grad()
+        # A recorded graph adds to the gradients where they were.
+        self.optimizer.zero_grad(set_to_none=not self.config.compile.cuda_graph)
         loss = self.forward_backward(batches)
         with region("clip"):
             grad_norm = self.clip_gradients()
@@ -264,31 +277,36 @@ class FluxTrainer:
             self.save()
             return self.checkpointer.finish()
         batches = islice(self.loader, (training.steps - self.step) * self.accumulation)
-        steps = StepLog(training.steps, done=self.step, shown=self.layout.rank == 0)
         if self.step >= training.steps:
             log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
         first_step = self.step + 1
-        if self.metrics:
-            self.metrics.start_run(self.step)
+        self.report.start(self.step)
         while self.step < training.steps:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
-            steps.advance()
+            self.report.advance()
             self.checkpointer.poll()
-            if is_logged := self._is_logged(self.step):
-                self._note_bad_samples()
-                steps.report(self.step, self._log_step(loss, grad_norm, float(lr)))
+            self.report.tell()  # of the step before: the device works on this one meanwhile
+            if self._is_logged(self.step):
+                self._log_step(loss, grad_norm, float(lr))
             if self.step == first_step:  # which may compile
                 self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 after_step()
-                reached = self.evaluator is not None and self.evaluator.evaluate(self.step, self.cursor)
-                if self._must_save(is_logged, reached):
+                reached = self._evaluate()
+                if self._must_save(reached):
                     self.save()
             if reached:
                 break
-        steps.close()
+        self.report.close()
         self._finish()
+
+    def _evaluate(self) -> bool:
+        """Validates and draws where that is due. Whether validation.target_loss is reached."""
+        if self.evaluator is None or not self.evaluator.is_due(self.step):
+            return False
+        self.report.tell()
+        return self.evaluator.evaluate(self.step, self.cursor)
 
     def _after_change(self) -> None:
         """Computes anew what follows from the weights."""
@@ -297,12 +315,10 @@ class FluxTrainer:
     def _is_logged(self, step: int) -> bool:
         return step == 1 or self.config.training.is_due(self.config.metrics.log_freq, step)
 
-    def _must_save(self, is_logged: bool, is_last: bool) -> bool:
-        """By steps, or by minutes: rank 0's clock counts, and is asked when ranks wait for each other anyway."""
-        if self.checkpointer.is_due(self.step, is_last or self.step == self.config.training.steps):
-            return True
-        by_minutes = is_logged and self.config.checkpoint.interval_minutes > 0
-        return by_minutes and self.layout.agree(self.checkpointer.is_overdue())
+    def _must_save(self, is_last: bool) -> bool:
+        """By steps, or by the minutes that had passed at a logged step."""
+        is_due = self.checkpointer.is_due(self.step, is_last or self.step == self.config.training.steps)
+        return is_due or self.report.save_is_overdue
 
     def _finish(self) -> None:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
@@ -317,42 +333,13 @@ class FluxTrainer:
             save_loss_curve(self.folder / METRICS_NAME, self.folder / LOSS_CURVE)
             log.info("done: weights in %s, loss curve in %s", folder, self.folder / LOSS_CURVE)
 
-    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
-        memory = torch.tensor([peak_memory_gib(self.device.type)], dtype=torch.float64, device=self.device)
-        ranks = self.layout.gather(torch.cat([self.loss_parts.read(loss), memory])).cpu()  # [dp, cp, tp, figures]
-        speed = self.timer.read()
-        values = {
-            **self.loss_parts.summarize(ranks[:, :, 0, :-1]),
-            "grad_norm": grad_norm.item(),
-            **{f"grad_norm/{name}": norm.item() for name, norm in self.grad_norms.items()},
-            **{f"update_ratio/{name}": ratio.item() for name, ratio in self.update_ratios.items()},
-            "lr": lr,
-            "samples_seen": self.cursor,
-            **speed,
-            **self.peaks.shares(speed["tflops"]),
-            "memory_gib": ranks[..., -1].max().item(),
-        }
-        if self.metrics:
-            self.metrics.log(self.step, values)
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {values['loss']}: lower optimizer.lr={self.config.optimizer.lr:g} or"
-                f" training.max_norm={self.config.training.max_norm:g}, or warm up for longer"
-            )
-        return values
-
-    def _note_bad_samples(self) -> None:
-        """Tells what could not be used since the last call; raises DataError when that is too much."""
-        samples, self.noted = self.cursor - self.noted, self.cursor
-        bad, self.bad = [record._asdict() for record in self.bad], []
-        some = self.layout.any(bool(bad))
-        texts = self.layout.gather_texts(f"bad samples {self.step}", json.dumps(bad)) if some else []
-        sharing = self.layout.degrees.cp * self.layout.degrees.tp
-        if self.metrics and (counts := self.bad_samples.note(samples, [json.loads(text) for text in texts], sharing)):
-            self.metrics.log(self.step, counts)
-        name, complain = f"complaint {self.step}", lambda: self.bad_samples.complaint()
-        if some and (complaint := self.layout.from_rank_0(name, complain)):
-            raise DataError(complaint)
+    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Puts the figures of this step on their way, for which the host does not wait."""
+        norms = {f"grad_norm/{name}": norm for name, norm in self.grad_norms.items()}
+        ratios = {f"update_ratio/{name}": ratio for name, ratio in self.update_ratios.items()}
+        figures = {"grad_norm": grad_norm, **norms, **ratios}
+        overdue = self.checkpointer.is_overdue()
+        self.report.send(self.step, self.cursor, self.loss_parts, loss, figures, lr, overdue)
 
 
 def main(argv: list[str]) -> None:

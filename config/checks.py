@@ -32,6 +32,13 @@ def find_doubts(config: JobConfig) -> Iterator[str]:
     yield from find_checkpoint_doubts(config)
     yield from find_data_doubts(config)
     training, validation = config.training, config.validation
+    parallelism, attention = config.parallelism, config.model.attention_backend
+    is_ring = parallelism.context_parallel_degree > 1 and parallelism.context_parallel_method == "ring"
+    if attention != "auto" and is_ring:
+        yield (
+            f'model.attention_backend="{attention}" has no effect with parallelism.context_parallel_method="ring", '
+            "which has a kernel of its own"
+        )
     if config.compile.enable and not config.compile.components:
         yield "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both"
     if training.guidance != 1.0 and not SPECS[config.model.flavor].transformer.guidance_embed:

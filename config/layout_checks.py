@@ -33,6 +33,7 @@ def find_layout_faults(config: JobConfig, world_size: int | None) -> Iterator[Fi
 def find_technique_faults(config: JobConfig) -> Iterator[Finding]:
     """Recomputation, compilation and 8-bit products that exclude each other or need one another."""
     yield from _ring(config)
+    yield from _cuda_graph(config)
     yield from _recomputation(config)
     yield from _offload(config)
     yield from _converters(config)
@@ -159,6 +160,39 @@ def _ring(config: JobConfig) -> Iterator[Finding]:
             ("parallelism.context_parallel_method", "encoder.mask_padding"),
             f'{method} hides no tokens, which encoder.mask_padding=true asks for: use "ulysses" or "allgather"',
         )
+
+
+def _cuda_graph(config: JobConfig) -> Iterator[Finding]:
+    """A replay repeats what was recorded, where it was recorded, and waits for nobody."""
+    if not config.compile.cuda_graph:
+        return
+    key, float8 = "compile.cuda_graph", config.quantize.linear.float8
+    for other, is_set, reason, remedy in (
+        ("data.buckets.enable", config.data.buckets.enable, "=true has batches of many shapes", "false"),
+        (
+            "training.enable_cpu_offload",
+            config.training.enable_cpu_offload,
+            "=true copies weights and gradients to a CPU that must wait for them",
+            "false",
+        ),
+        (
+            "parallelism.fsdp_reshard_after_forward",
+            config.parallelism.fsdp_reshard_after_forward == "always",
+            '="always" leaves gathers that a recording cannot hold',
+            '"default" or "never"',
+        ),
+        (
+            f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
+            FLOAT8 in config.model.converters and float8.precompute_float8_dynamic_scale_for_fsdp,
+            "=true puts scales into a new place after each update",
+            "false",
+        ),
+    ):
+        if is_set:
+            yield (
+                (key, other),
+                f"{key}=true replays what it has recorded, and {other}{reason}: set it to {remedy}, or {key}=false",
+            )
 
 
 def _recomputation(config: JobConfig) -> Iterator[Finding]:

@@ -28,6 +28,11 @@ class Model:
         "what replaces linear layers before training; each is set up in its section",
         ("quantize.linear.float8", "quantize.linear.mx"),
     ] = field(default_factory=list)
+    attention_backend: Annotated[
+        Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"],
+        "torch's kernel of attention; auto on a GPU: cudnn up to 1024 tokens, above that FlashAttention-3 where it is "
+        "installed, else flash",
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,13 @@ def make_model_inputs(
 ) -> dict[str, Tensor | None]:
     """Keyword arguments of FluxTransformer.forward for noisy tokens at time t; sampling calls it at every step."""
     batch, device = x_BTC.shape[0], x_BTC.device
-    img_ids_TA = image_ids(spec.positions, *grid)
-    txt_ids_LA = text_ids(spec.positions, text.txt_BLE.shape[1], *grid)
+    img_ids_TA = image_ids(spec.positions, *grid, device=device)
+    txt_ids_LA = text_ids(spec.positions, text.txt_BLE.shape[1], *grid, device)
     return {
         "img_BTC": x_BTC.to(dtype),
-        "img_ids_BTA": img_ids_TA.to(device, non_blocking=True).expand(batch, -1, -1),
+        "img_ids_BTA": img_ids_TA.expand(batch, -1, -1),
         "txt_BLE": text.txt_BLE.to(dtype),
-        "txt_ids_BLA": txt_ids_LA.to(device, non_blocking=True).expand(batch, -1, -1),
+        "txt_ids_BLA": txt_ids_LA.expand(batch, -1, -1),
         "t_B": t_B,
         "pooled_BV": None if text.pooled_BV is None else text.pooled_BV.to(dtype),
         "guidance_B": torch.full_like(t_B, guidance) if spec.transformer.guidance_embed else None,

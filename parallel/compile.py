@@ -48,11 +48,15 @@ def compile_loss(loss: Callable[P, R], section: Compile) -> Callable[P, R]:
 
 
 def check_compiler(section: Compile, device_type: str) -> None:
-    """Is there all that the backend needs? Asked at the start, since code is generated only in the first step.
+    """Is there all that the section needs? Asked at the start, since code is generated only in the first step.
 
     Raises:
-        ValueError: the backend is unknown, or a compiler that it calls is missing.
+        ValueError: the backend is unknown, or a compiler that it calls is missing, or a GPU.
     """
+    if section.cuda_graph and device_type != "cuda":
+        raise ValueError(
+            f"compile.cuda_graph=true records the kernels of a GPU, and this is a {device_type}: leave it out"
+        )
     if not section.enable or not section.components:
         return
     if section.backend not in torch._dynamo.list_backends(exclude_tags=()):

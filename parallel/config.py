@@ -73,13 +73,18 @@ def parse_selective_option(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Compile:
-    """torch.compile, block by block."""
+    """What is made once for all steps: code, by torch.compile, block by block; a record of kernels."""
 
     enable: Annotated[bool, "compile what components names"] = False
     components: Annotated[list[str], "parts that are compiled: model, loss", ("model", "loss")] = field(
         default_factory=lambda: ["model", "loss"]
     )
     backend: Annotated[str, "backend of torch.compile", "[1, inf)"] = "inductor"
+    cuda_graph: Annotated[
+        bool,
+        "on a GPU, record the kernels of a forward and backward pass once and replay them for all batches, which must "
+        "have one shape; also without enable",
+    ] = False
 
 
 FLOAT8, MXFP8 = "quantize.linear.float8", "quantize.linear.mx"  # the names that model.converters may hold

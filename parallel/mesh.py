@@ -122,14 +122,6 @@ class Layout:
         except RuntimeError:  # the process that keeps the store is gone
             return True
 
-    def agree(self, flag: bool) -> bool:
-        """Rank 0's word, on all ranks; for what each would decide by its own clock."""
-        if self.degrees.world == 1:
-            return flag
-        word = torch.tensor(float(flag), device=self.device)
-        dist.broadcast(word, src=0)
-        return bool(word.item())
-
     def make_cpu_group(self, seconds: int) -> dist.ProcessGroup | None:
         """All ranks once more, with a time limit of its own that `set_timeout` leaves alone; None: there is one rank.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.activation_offload import apply_activation_offload
+from parallel.attention import apply_attention_backend, check_attention
 from parallel.compile import apply_compile, check_compiler, compiles_model
 from parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
 from parallel.context_parallel import apply_context_parallel
@@ -50,19 +51,22 @@ class Techniques:
     compile: Compile
     quantize: Quantize
     converters: Sequence[str]
+    attention_backend: str
+    has_mask: bool  # tokens that are not attended to
     param_dtype: torch.dtype  # of the computation
     reduce_dtype: torch.dtype  # in which gradients are summed over ranks
     cpu_offload: bool
 
 
 def check_techniques(techniques: Techniques, device_type: str) -> None:
-    """Asked at the start of a run, since compilers and 8-bit products would fail only in its first step.
+    """Asked at the start of a run, since compilers, 8-bit products and kernels would fail only in its first step.
 
     Raises:
         ValueError: something that this machine has not got.
     """
     check_compiler(techniques.compile, device_type)
     check_converters(techniques.converters, techniques.quantize, device_type)
+    check_attention(techniques.attention_backend, device_type, techniques.param_dtype, techniques.has_mask)
     recompute, tp = techniques.activation_checkpoint, techniques.parallelism.tensor_parallel_degree
     whole_blocks = recompute.mode == "full" or (recompute.mode == "selective" and recompute.selective_ac_option != "op")
     if device_type == "cpu" and tp > 1 and whole_blocks and compiles_model(techniques.compile):
@@ -78,11 +82,12 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
 
     1. Quantization replaces linear layers, so it comes before whatever looks at them.
     2. Tensor parallel replaces linear layers by parts of them; everything later sees a rank's own part.
-    3. Context parallel replaces attention, which recomputation then repeats or keeps.
-    4. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
-    5. Compilation takes each block as it is by then, as one graph.
-    6. Offload wraps the call of each block, compiled or not: what is compiled has no place for its hooks.
-    7. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
+    3. The kernel of attention is chosen where attention is computed, within what the next two put around it.
+    4. Context parallel replaces attention, which recomputation then repeats or keeps.
+    5. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
+    6. Compilation takes each block as it is by then, as one graph.
+    7. Offload wraps the call of each block, compiled or not: what is compiled has no place for its hooks.
+    8. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
        pass and once for the backward pass, recomputation included.
     """
     blocks = list(find_modules(model, plan.blocks).values())
@@ -93,6 +98,7 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
         log.info("%d linear layers compute in 8 bits (%s)", len(converted), ", ".join(techniques.converters))
     if (tp := layout.axis("tp")) is not None:
         apply_tensor_parallel(model, tp, plan.column, plan.row, plan.head_norms)
+    apply_attention_backend(model, plan.attention, techniques.attention_backend, layout.device.type)
     if (cp := layout.axis("cp")) is not None:
         apply_context_parallel(model, plan.attention, cp, techniques.parallelism.context_parallel_method)
     apply_activation_checkpoint(blocks, techniques.activation_checkpoint)

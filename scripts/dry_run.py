@@ -55,9 +55,12 @@ class DryRun:
 
 def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
     """One update of rank 0 of `world_size` pretended ranks."""
-    # A compiled step communicates the same, and compiling it would take minutes.
+    # A compiled step communicates the same, and compiling it would take minutes; no kernel of attention communicates.
     config = replace(
-        config, compile=replace(config.compile, enable=False), comm=replace(config.comm, mode="fake_backend")
+        config,
+        model=replace(config.model, attention_backend="auto"),
+        compile=replace(config.compile, enable=False),
+        comm=replace(config.comm, mode="fake_backend"),
     )
     layout, spec = build_run_layout(config, world_size), SPECS[config.model.flavor]
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -52,7 +52,7 @@ class LossParts:
         Args:
             loss: this rank's part of the last update's loss.
         """
-        own = torch.cat([loss.double()[None], self._sums, self._counts.to(self._device)])
+        own = torch.cat([loss.double()[None], self._sums, self._counts.to(self._device, non_blocking=True)])
         self._begin()
         return own
 

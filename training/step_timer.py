@@ -3,83 +3,108 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
+Mark = float | torch.cuda.Event  # seconds of the host's clock, or a place in what the GPU has been given to do
+
+
+@dataclass
+class Lap:
+    """The time from one logged step to the next, on the device's clock."""
+
+    begin: Mark
+    end: Mark = 0.0
+    waited: float = 0.0  # seconds of the host
+    encoded: list[tuple[Mark, Mark]] = field(default_factory=list)
+    paused: list[tuple[Mark, Mark]] = field(default_factory=list)
+    samples: int = 0
+    flops: float = 0.0
+
+    def wait(self) -> None:
+        """Until a GPU has come to the end of the lap, and of what it encodes beside it for the next one."""
+        for mark in (self.end, *(end for _, end in self.encoded)):
+            if isinstance(mark, torch.cuda.Event):
+                mark.synchronize()
+
+    def read(self) -> dict[str, float]:
+        """samples_per_s, tflops (10^12 per second), data_wait_percent and encode_percent (0..100).
+
+        Waits for the end.
+        """
+        self.wait()
+        paused = sum(_seconds(begin, end) for begin, end in self.paused)
+        trained = max(_seconds(self.begin, self.end) - paused, 1e-9)
+        encoded = sum(_seconds(begin, end) for begin, end in self.encoded)
+        return {
+            "samples_per_s": self.samples / trained,
+            "tflops": self.flops / trained / 1e12,
+            "data_wait_percent": 100 * self.waited / trained,
+            "encode_percent": 100 * encoded / trained,
+        }
+
 
 class StepTimer:
-    """Throughput since the last `read`; tells the wait for data and the frozen encoders apart, and leaves out pauses
-    (validation, pictures, checkpoints).
+    """Throughput from one logged step to the next; tells the wait for data and the frozen encoders apart, and leaves
+    out pauses (validation, pictures, checkpoints).
 
     Args:
-        on_gpu: the GPU times the encoders: it runs behind the host, which need not wait for it.
+        on_gpu: the GPU's clock counts: it runs behind the host, which need not wait for it.
     """
 
     def __init__(self, on_gpu: bool = False):
         self._on_gpu = on_gpu
         self._is_paused = False
-        self._encoded_on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # begin and end
-        self._begin()
-
-    def _begin(self) -> None:
-        self._started = time.perf_counter()
-        self._waited = 0.0
-        self._encoded = 0.0
-        self._paused = 0.0
-        self._samples = 0
-        self._flops = 0.0
+        self._lap = Lap(self._mark())
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Time spent waiting for data."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        self._lap.waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Time spent in the frozen encoders, on the stream that they work on; that of a pause does not count."""
         if self._is_paused:
             yield
-        elif self._on_gpu:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._encoded_on_gpu.append((begin, end))
         else:
-            started = time.perf_counter()
+            begin = self._mark()
             yield
-            self._encoded += time.perf_counter() - started
+            self._lap.encoded.append((begin, self._mark()))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time that is not training."""
-        self._is_paused, started = True, time.perf_counter()
+        self._is_paused, begin = True, self._mark()
         yield
         self._is_paused = False
-        self._paused += time.perf_counter() - started
+        self._lap.paused.append((begin, self._mark()))
 
     def count(self, samples: int, flops: float) -> None:
         """One more update of `samples` samples is done, which took `flops` floating-point operations."""
-        self._samples += samples
-        self._flops += flops
+        self._lap.samples += samples
+        self._lap.flops += flops
 
-    def read(self) -> dict[str, float]:
-        """samples_per_s, tflops (10^12 per second), data_wait_percent and encode_percent (0..100) since the last call.
+    def end_lap(self) -> Lap:
+        """What was since the last call."""
+        lap = self._lap
+        lap.end = self._mark()
+        self._lap = Lap(lap.end)
+        return lap
 
-        To be called when the GPU has done all steps that it was given. A batch that is still encoded beside them counts
-        the next time.
-        """
-        trained = max(time.perf_counter() - self._started - self._paused, 1e-9)
-        done = [pair for pair in self._encoded_on_gpu if pair[1].query()]
-        self._encoded_on_gpu = self._encoded_on_gpu[len(done) :]  # they end in the order of the list
-        encoded = self._encoded + sum(begin.elapsed_time(end) for begin, end in done) / 1e3
-        values = {
-            "samples_per_s": self._samples / trained,
-            "tflops": self._flops / trained / 1e12,
-            "data_wait_percent": 100 * self._waited / trained,
-            "encode_percent": 100 * encoded / trained,
-        }
-        self._begin()
-        return values
+    def _mark(self) -> Mark:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float), "marks of one clock"
+        return end - begin
+    return begin.elapsed_time(end) / 1e3

@@ -12,6 +12,8 @@ from tests.distributed.ranks import run_ranks
 from tests.integration.short_runs import TINY, resize_tiny
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from train import FluxTrainer
 
 STEPS = 5
@@ -124,3 +126,12 @@ def run_layout(rank: int, world_size: int, folder: str, overrides: tuple[str, ..
         norms.append(norm.item())
     held = sum(map(local_bytes, trainer.model.parameters())) // 4
     return Outcome(losses, norms, gradients if rank == 0 else {}, draws, held)
+
+
+def log_step(trainer: "FluxTrainer", loss: "Tensor", norm: "Tensor") -> dict[str, float]:
+    """The figures of a step, on every rank, as they are shown."""
+    shown: list[dict[str, float]] = []
+    trainer.report._step_log.report = lambda step, values: shown.append(dict(values))
+    trainer._log_step(loss, norm, lr=0.0)
+    trainer.report.tell()
+    return shown[0]

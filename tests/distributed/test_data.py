@@ -33,7 +33,7 @@ def train(rank: int, world_size: int, folder: str, overrides: tuple[str, ...]) -
     for _ in range(STEPS):
         loss, norm = trainer.train_step(batches)
         losses += [trainer.layout.sum(loss).item(), norm.item()]
-        trainer._note_bad_samples()
+        trainer.report.tell_all(trainer.step, trainer.cursor)
     return losses
 
 

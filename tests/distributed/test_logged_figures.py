@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from tests.distributed.layouts import build_trainer
+from tests.distributed.layouts import build_trainer, log_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import BATCH, CP, REPLICATE, TP
 
@@ -31,7 +31,7 @@ def log_steps(rank: int, world_size: int, folder: str, overrides: tuple[str, ...
         loss, norm = trainer.train_step(batches)
         assert bool(trainer.update_ratios) == (step in (1, 2, 4)), "weights are copied before logged steps only"
         if trainer.update_ratios:
-            told.append((loss.item(), trainer._log_step(loss, norm, lr=0.0)))
+            told.append((loss.item(), log_step(trainer, loss, norm)))
     return told
 
 

@@ -1,4 +1,6 @@
-"""Between logged steps the host never waits for the device to tell it a number."""
+"""The host waits for the device to tell it a number only when the step after a logged one is on its way."""
+
+import json
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from train import FluxTrainer
 
 STEPS, LOG_FREQ = 7, 3
 LOGGED = [1, 3, 6, 7]
+READ = [2, 4, 7]  # during these steps; the last has none after it
 READERS = ("cpu", "tolist", "numpy")  # of a tensor, beside .item(), float() and bool(), which the operators show
 
 
@@ -77,8 +80,10 @@ def train(trainer: FluxTrainer, reads: Reads) -> list[int]:
 
 
 @pytest.mark.parametrize("options", [[], ["--training.local_batch_size=4", "--training.global_batch_size=8"]])
-def test_only_logged_steps_read_numbers(tmp_path, reads, options):
-    assert train(build(tmp_path, "--ema.enable", *options), reads) == LOGGED
+def test_numbers_are_read_one_step_later(tmp_path, reads, options):
+    assert train(build(tmp_path, "--ema.enable", *options), reads) == READ
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == LOGGED
 
 
 @pytest.mark.parametrize("reader", ["item", "__float__", "__bool__", *READERS])
@@ -93,7 +98,7 @@ def test_control_a_number_that_is_read_is_seen(tmp_path, reads, reader):
         return norm
 
     trainer.clip_gradients = reading_clip
-    assert train(trainer, reads) == sorted([*LOGGED, 5])
+    assert train(trainer, reads) == sorted([*READ, 5])
 
 
 def test_figures_change_no_bit_of_training(tmp_path):
@@ -107,6 +112,7 @@ def test_figures_change_no_bit_of_training(tmp_path):
             losses.append((loss.item(), norm.item()))
             if frequency == 1:
                 trainer._log_step(loss, norm, lr=0.0)
+                trainer.report.tell()
         trained.append((losses, [parameter.detach().clone() for parameter in trainer.model.parameters()]))
     (losses, weights), (without, others) = trained
     assert losses == without and all(torch.equal(one, other) for one, other in zip(weights, others, strict=True))

@@ -51,6 +51,11 @@ DOUBTS = [
         "--compile.enable --compile.components=",
         "compile.enable=true compiles nothing, since compile.components is empty: name model, loss or both",
     ),
+    (
+        "--model.attention_backend=math --parallelism.context_parallel_degree=2"
+        " --parallelism.context_parallel_method=ring",
+        'model.attention_backend="math" has no effect with parallelism.context_parallel_method="ring"',
+    ),
     ("--training.guidance=3.5", "training.guidance=3.5 has no effect: flux-tiny embeds no guidance"),
     (
         "--validation.enable --validation.enable_classifier_free_guidance",
@@ -103,6 +108,8 @@ FINE = [
     "--training.dtype=bfloat16",
     "--training.dtype=float32 --training.mixed_precision_param=float32",
     "--training.guidance=3.5 --model.flavor=flux-dev",
+    "--model.attention_backend=math --parallelism.context_parallel_method=ring",  # of one rank
+    "--model.attention_backend=math --parallelism.context_parallel_degree=2",
     "--compile.components=",
     "--compile.enable --compile.components=loss",
     "--validation.enable --validation.enable_classifier_free_guidance --training.classifier_free_guidance_prob=0.1",

@@ -21,7 +21,6 @@ def talk(rank: int, world_size: int) -> dict:
         "described": layout.describe(),
         "any": [layout.any(rank == 3), layout.any(False)],
         "texts": layout.gather_texts("words", f"rank {rank}" if rank else ""),
-        "agreed": [layout.agree(rank > 0), layout.agree(rank == 0)],
     }
     aside = layout.make_cpu_group(700)
     layout.set_timeout(60)
@@ -47,7 +46,6 @@ def test_four_ranks():
         assert told["all"] == [[[[0, 0]], [[1, 10]]], [[[2, 20]], [[3, 30]]]]  # dp, cp, tp
         assert told["shared"] == "of rank 0" and told["axes"] == (None, 2)
         assert told["described"] == "4 ranks = dp_shard 2 x cp 2, gloo on cpu"
-        assert told["agreed"] == [False, True]  # as rank 0 sees it
         assert told["timeouts"] == [60, 60, 700]  # training's own groups only
     assert all(told["any"] == [True, False] for told in ranks)
     assert [told["texts"] for told in ranks] == [["", "rank 1", "rank 2", "rank 3"], [], [], []]
@@ -71,7 +69,7 @@ def test_one_process_needs_nobody():
     assert layout.sum(torch.tensor(2.0)).item() == 2 and layout.gather_samples(torch.ones(1)).tolist() == [1]
     assert layout.from_rank_0("word", lambda: "mine") == "mine" and layout.is_first_to_fail()
     assert layout.describe() == "1 process on cpu"
-    assert layout.make_cpu_group(700) is None and layout.agree(True) and not layout.agree(False)
+    assert layout.make_cpu_group(700) is None
     close_layout(layout)
 
 

@@ -26,7 +26,7 @@ def test_waits_encoders_and_pauses_are_told_apart(now):
         now[0] += 60
         with timer.encoding():  # of validation
             now[0] += 40
-    assert timer.read() == {
+    assert timer.end_lap().read() == {
         "samples_per_s": pytest.approx(10),
         "tflops": pytest.approx(2),
         "data_wait_percent": pytest.approx(25),
@@ -34,7 +34,7 @@ def test_waits_encoders_and_pauses_are_told_apart(now):
     }
     now[0] += 2
     timer.count(4, 0)
-    assert timer.read() == {
+    assert timer.end_lap().read() == {
         "samples_per_s": pytest.approx(2),
         "tflops": 0,
         "data_wait_percent": 0,
@@ -43,11 +43,10 @@ def test_waits_encoders_and_pauses_are_told_apart(now):
 
 
 class Event:
-    """One of a GPU that works for 0.3 s on whatever it is given, later."""
+    """One of a GPU that works for 0.3 s on whatever lies between two of them, later."""
 
     gpu = 0.0
-    asked = 0
-    done = float("inf")  # when the GPU is looked at
+    waited = 0
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -56,41 +55,35 @@ class Event:
     def record(self):
         self.at, Event.gpu = Event.gpu, Event.gpu + 0.3
 
-    def query(self):
-        return self.at <= Event.done
+    def synchronize(self):
+        Event.waited += 1
 
     def elapsed_time(self, end):
-        assert self.query() and end.query(), "CUDA raises for an event that is not reached"
-        Event.asked += 1
+        assert Event.waited, "what the GPU has not done yet has no time"
         return 1e3 * (end.at - self.at)
 
 
-def test_a_gpu_times_the_encoders_and_is_asked_only_at_the_end(now, monkeypatch):
+def test_a_gpu_times_by_its_own_clock_and_is_waited_for_only_at_the_end(now, monkeypatch):
     monkeypatch.setattr(step_timer.torch.cuda, "Event", Event)
     timer = StepTimer(on_gpu=True)
     for _ in range(2):
         with timer.encoding():
             now[0] += 0.001  # the host only gives orders
         now[0] += 0.999
+    with timer.waiting():
+        now[0] += 0.3
     with timer.paused(), timer.encoding():
         now[0] += 5
-    assert Event.asked == 0
-    assert timer.read()["encode_percent"] == pytest.approx(30)
-    now[0] += 1
-    assert timer.read()["encode_percent"] == 0
-
-
-def test_what_is_encoded_ahead_counts_when_it_is_done(now, monkeypatch):
-    monkeypatch.setattr(step_timer.torch.cuda, "Event", Event)
-    monkeypatch.setattr(Event, "gpu", 0.0)
-    timer = StepTimer(on_gpu=True)
-    for _ in range(2):  # ends at 0.3 and 0.9
-        with timer.encoding():
-            now[0] += 1
-    monkeypatch.setattr(Event, "done", 0.5)
-    assert timer.read()["encode_percent"] == pytest.approx(15)
-    now[0] += 1
-    monkeypatch.setattr(Event, "done", 1.0)
-    assert timer.read()["encode_percent"] == pytest.approx(30)
-    now[0] += 1
-    assert timer.read()["encode_percent"] == 0
+    timer.count(3, 0)
+    lap = timer.end_lap()
+    timer.count(100, 0)  # of the next lap, which has begun
+    assert Event.waited == 0
+    # Of the seven parts between marks, each of 0.3 s, two are in the encoders and one is a pause.
+    assert lap.read() == {
+        "samples_per_s": pytest.approx(3 / 1.8),
+        "tflops": 0,
+        "data_wait_percent": pytest.approx(100 * 0.3 / 1.8),
+        "encode_percent": pytest.approx(100 * 0.6 / 1.8),
+    }
+    assert Event.waited == 1
+    assert timer.end_lap().read()["samples_per_s"] == pytest.approx(100 / 0.3)
