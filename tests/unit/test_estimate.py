@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_leaves
 
 from build import build_model, build_run_layout
 from config.job_config import JobConfig
@@ -118,7 +119,8 @@ def test_activations(model: tuple[str, ...], samples: int, precision: str, mode:
     assert kept_by_formula(config) == pytest.approx(tracked.kept, rel=KEPT_TOLERANCE)
     transformer = SPECS[config.model.flavor].transformer
     itemsize = 4 if precision == FLOAT32 else 2
-    gradients = [itemsize * count for count in local_elements(transformer, Degrees())]
+    elements = local_elements(transformer, Degrees())
+    gradients = [itemsize * count for count in (*elements.blocks, elements.modulation + elements.others)]
     peak = peak_bytes(transformer, local_batch(config, Degrees(), on_cpu=True), *kept_levels(config), gradients)
     assert peak == pytest.approx(tracked.peak, rel=PEAK_TOLERANCE)
 
@@ -158,8 +160,11 @@ def compiled_block_keeps(double: bool, budget: float, samples: int, image: int, 
         torch.randn(shape, dtype=torch.bfloat16, requires_grad=True).clone()
         for shape in [(samples, width), *((samples, length, width) for length in lengths)]
     )
+    with torch.no_grad():
+        modulation = (block.img_mod(vec_BD), block.txt_mod(vec_BD)) if double else block.modulation(vec_BD)[0]
+    chunks = [chunk.requires_grad_() for chunk in tree_leaves(modulation)]
     rotary = torch.rand(samples, image + text, 1, transformer.head_dim // 2, 2)
-    shared = {one.untyped_storage()._cdata for one in (*block.parameters(), vec_BD, rotary)}
+    shared = {one.untyped_storage()._cdata for one in (*block.parameters(), *chunks, rotary)}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -172,7 +177,7 @@ def compiled_block_keeps(double: bool, budget: float, samples: int, image: int, 
     # A backend that divides the two passes as inductor does, and generates no code.
     block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        block(*streams, vec_BD, rotary)
+        block(*streams, modulation, rotary)
     return sum(saved.values())
 
 
