@@ -65,3 +65,13 @@ def gradients_are_means() -> None:
 
     FSDPModule.set_gradient_divide_factor = lambda self, factor: None
     FSDPModule.set_force_sum_reduction_for_comms = lambda self, enable: None
+
+
+def modulation_gradients_stay_in_their_copy() -> None:
+    """Weights that are not gathered are forgotten where copies add up their gradients."""
+    _replace_sum(lambda group, gradient: gradient)
+
+
+def modulation_gradients_are_means() -> None:
+    """They are divided by the number of ranks, as FSDP does by itself."""
+    _replace_backward(lambda owner, gradient: gradient / (owner.copies.size * owner.shards.size))
