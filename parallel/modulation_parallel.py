@@ -102,7 +102,9 @@ class StationaryLinears(nn.Module):
         runs = [(width, len(list(run))) for width, run in groupby(outputs)]
         pieces = parts.split([self._rows(width) * count for width, count in runs], dim=-1)
         for (width, count), piece in zip(runs, pieces, strict=True):
-            by_layer = piece.unflatten(-1, (count, -1)).permute(2, 1, 0, 3).flatten(2)  # [layers, B, outputs and padding]
+            by_layer = (
+                piece.unflatten(-1, (count, -1)).permute(2, 1, 0, 3).flatten(2)
+            )  # [layers, B, outputs and padding]
             yield from by_layer[..., :width].unbind()
 
 
@@ -112,7 +114,9 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, owner: StationaryLinears, rows: Sequence[int], device: torch.device, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, owner: StationaryLinears, rows: Sequence[int], device: torch.device, *parts: Tensor
+    ) -> Tensor:
         ctx.owner, ctx.rows = owner, rows
         ctx.lengths, ctx.like = [len(part) for part in parts], parts[0].new_empty(0)
         joined = torch.empty(sum(rows), *parts[0].shape[1:], dtype=owner.param_dtype, device=device)

@@ -10,6 +10,7 @@ import build
 import flux.data.dataset
 import flux.model
 import parallel.context_parallel
+import parallel.modulation_parallel
 import parallel.parallelize
 from flux.rng import keyed_generator
 
@@ -67,11 +68,23 @@ def gradients_are_means() -> None:
     FSDPModule.set_force_sum_reduction_for_comms = lambda self, enable: None
 
 
-def modulation_gradients_stay_in_their_copy() -> None:
-    """Weights that are not gathered are forgotten where copies add up their gradients."""
-    _replace_sum(lambda group, gradient: gradient)
+def modulation_stays_in_its_copy() -> None:
+    """Gradients of weights that are not gathered are forgotten where copies add theirs up."""
+    parallel.modulation_parallel.Group.sum = lambda group, gradient: gradient
 
 
 def modulation_gradients_are_means() -> None:
-    """They are divided by the number of ranks, as FSDP does by itself."""
-    _replace_backward(lambda owner, gradient: gradient / (owner.copies.size * owner.shards.size))
+    """They are divided by the number of ranks, which FSDP does by itself."""
+    join = parallel.modulation_parallel._Join
+    plain = join.backward
+
+    def divided(ctx, gradient):
+        return plain(ctx, gradient / (ctx.owner.copies.size * ctx.owner.shards.size))
+
+    join.backward = staticmethod(divided)
+
+
+def modulation_of_other_samples() -> None:
+    """Outputs are put together in the order of another rank's samples."""
+    exchange = parallel.modulation_parallel.Group.exchange
+    parallel.modulation_parallel.Group.exchange = lambda group, x: exchange(group, x).flip(0)
