@@ -297,7 +297,7 @@ def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
 
 
 def _modulation_product_bytes(config: JobConfig, degrees: Degrees) -> int:
-    """This rank's part of the modulation's weights as they are multiplied, and of their gradients until they are done."""
+    """This rank's part of the modulation's weights as they are multiplied, and of their gradients on the way."""
     if not _uses_fsdp(config, degrees):
         return 0
     compute, kept = compute_dtype(config), DTYPES[config.training.dtype]

@@ -3,8 +3,8 @@
 FLUX.1: https://github.com/black-forest-labs/flux; FLUX.2: https://github.com/black-forest-labs/flux2. Module names are
 theirs; the families differ in the switches of `TransformerConfig`. This is plain single-device code: sharding,
 recomputation, compilation and quantization are applied from outside, by module name. Two seams without parameters
-serve them and may be replaced: `attention` in each block, and `block_modulation`, which applies the modulation layers of
-all blocks before the first of them runs.
+serve them and may be replaced: `attention` in each block, and `block_modulation`, which applies the modulation layers
+of all blocks before the first of them runs.
 
 Names end in their dims (legend: flux/batch.py). Inside a block heads stay where the linear layer put them,
 `[B, S, N, K]`, and are always unfolded by the head dim, never by their number, so that a rank may hold a part of them.
@@ -99,8 +99,8 @@ class FluxTransformer(nn.Module):
 
         img_BTD = self.img_in(img_BTC.to(dtype))
         txt_BLD = self.txt_in(self.txt_norm(txt_BLE.to(dtype)))
-        for block, modulation in zip(self.double_blocks, double, strict=True):
-            img_BTD, txt_BLD = block(img_BTD, txt_BLD, modulation, rotary, mask_BS)
+        for block, pair in zip(self.double_blocks, double, strict=True):
+            img_BTD, txt_BLD = block(img_BTD, txt_BLD, pair, rotary, mask_BS)
         x_BSD = torch.cat((txt_BLD, img_BTD), dim=1)
         for block, modulation in zip(self.single_blocks, single, strict=True):
             x_BSD = block(x_BSD, modulation, rotary, mask_BS)
@@ -199,16 +199,15 @@ class SingleBlock(nn.Module):
         mask_BS: Tensor | None = None,
     ) -> Tensor:
         """Returns x_BSD. `modulation` may be vec_BD, of which the block makes its own."""
-        if isinstance(modulation, Tensor):
-            (modulation,) = self.modulation(modulation)
-        fused = self.linear1(modulate(self.pre_norm(x_BSD), modulation))
+        mod = self.modulation(modulation)[0] if isinstance(modulation, Tensor) else modulation
+        fused = self.linear1(modulate(self.pre_norm(x_BSD), mod))
         # Shares of what is there, not fixed widths: under tensor parallelism a rank holds a part of each.
         qkv, mlp = fused.split([fused.shape[-1] * width // sum(self.widths) for width in self.widths], dim=-1)
         q_BSNK, k_BSNK, v_BSNK = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q_BSNK, k_BSNK = self.norm(q_BSNK, k_BSNK)
         attn_BSNK = self.attention(rotate(q_BSNK, rotary), rotate(k_BSNK, rotary), v_BSNK, mask_BS)
         y_BSD = self.linear2(torch.cat((attn_BSNK.flatten(2), self.mlp_act(mlp)), dim=-1))
-        return add_gated(x_BSD, modulation, y_BSD)
+        return add_gated(x_BSD, mod, y_BSD)
 
 
 class FinalLayer(nn.Module):
@@ -242,7 +241,7 @@ class Attention(nn.Module):
 
 
 class LinearGroup(nn.Module):
-    """Linear layers of one input. Parameter-free: what keeps their weights split over ranks puts its own in this place."""
+    """Linear layers of one input. Parameter-free: what keeps their weights split over ranks puts its own here."""
 
     def forward(self, x_BD: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
         """Returns the output of each layer, `[B, its outputs]`."""

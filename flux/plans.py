@@ -17,8 +17,8 @@ class ParallelPlan:
             consist of: each piece is split by itself, so that a rank holds whole heads and the MLP columns that match.
         row: linear layers whose columns are split, and the number of pieces of these.
         head_norms: norms that meet only a rank's own heads.
-        modulation: linear layers of the blocks that see one row per sample, whose weights need not be gathered where they
-            are split over ranks.
+        modulation: linear layers of the blocks that see one row per sample: where their weights are split over ranks,
+            outputs travel with less effort.
         modulation_product: the parameter-free module that applies all of these.
         quantized: linear layers that may compute in 8 bits. Modulation, time, vector and guidance layers see one row
             per sample, too few to gain anything; the first and the last layers are small and carry the most precision.

@@ -1,13 +1,13 @@
 """Linear layers that see one row per sample, such as modulation: their weights stay where they are, and outputs travel.
 
-FSDP would gather such weights to multiply each with a few rows, and scatter their gradients. Here every rank of the fsdp
-axis applies its own rows of all these weights to the samples of all ranks, in one product, and an all-to-all brings each
-rank all outputs of its own samples. In the backward pass the gradients of outputs travel back, and the product that makes
-the gradient of a rank's rows has summed it over the axis already. Context parallel ranks bring the same sample several
-times, with the gradients of different tokens, so that the same sum is right for them.
+FSDP would gather such weights to multiply each with a few rows, and scatter their gradients. Here every rank of the
+fsdp axis applies its own rows of all these weights to the samples of all ranks, in one product, and an all-to-all
+brings each rank all outputs of its own samples. In the backward pass the gradients of outputs travel back, and the
+product that makes the gradient of a rank's rows has summed it over the axis already. Context parallel ranks bring the
+same sample several times, with the gradients of different tokens, so the same sum is right for them.
 
-Parameters are DTensors as FSDP's are: split along their first dim over fsdp, copied over dp_replicate, where gradients
-are summed.
+Parameters are DTensors as FSDP's are: split along their first dim over fsdp, copied over dp_replicate, where their
+gradients are summed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,8 +109,8 @@ class StationaryLinears(nn.Module):
 
 
 class _Join(torch.autograd.Function):
-    """Several parameters, or parts of them, under one another in the dtype and place of the computation; their gradients
-    are summed over the copies.
+    """This rank's rows of several parameters under one another, as and where the computation wants them; their
+    gradients are summed over the copies.
     """
 
     @staticmethod

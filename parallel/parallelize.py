@@ -85,7 +85,7 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
     3. Context parallel replaces attention, which recomputation then repeats or keeps.
     4. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
     5. Compilation takes each block as it is by then, as one graph.
-    6. Where FSDP follows, it leaves alone the layers that see one row per sample: their outputs travel, not their weights.
+    6. Modulation is split where FSDP follows, which is told to leave it alone: outputs travel, not weights.
     7. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
        pass and once for the backward pass, recomputation included.
     """

@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_leaves
 from build import build_model, build_run_layout
 from config.job_config import JobConfig
 from config.parse import parse
-from estimate import Memory, estimate_memory, estimate_seconds, kept_levels, local_batch, local_elements
+from estimate import (
+    Memory,
+    _weight_traffic,
+    estimate_memory,
+    estimate_seconds,
+    kept_levels,
+    local_batch,
+    local_elements,
+)
 from flux.encoder_costs import EncoderCost
 from flux.flow import squared_errors
 from flux.memory import Keep, LocalBatch, block_bytes, inputs_bytes, outputs_bytes, peak_bytes
@@ -216,6 +224,18 @@ def test_weights_gradients_and_optimizer_states_are_exact(ranks: int, options: t
     run = take_dry_step(config, ranks)
     memory = estimate_memory(config, resolve_degrees(config.parallelism, ranks), True, {})
     assert (memory.weights, memory.gradients, memory.optimizer) == (run.weights, run.gradients, run.optimizer_states)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_what_modulation_sends_is_what_the_dry_run_counts(ranks: int) -> None:
+    config = configure(*TINY, "--training.local_batch_size=4", *NONE, BFLOAT16, ranks=ranks)
+    run, degrees = take_dry_step(config, ranks), resolve_degrees(config.parallelism, ranks)
+    traffic, whole = _weight_traffic(config, degrees), local_elements(SPECS["flux-tiny"].transformer, Degrees())
+    assert run.bytes["all-to-all"] == 2 * traffic.outputs
+    assert run.bytes["reduce-scatter"] == traffic.reduced + ranks * traffic.inputs
+    # What belongs to no block stays gathered for the backward pass.
+    assert run.bytes["all-gather"] == 2 * traffic.gathered - 2 * whole.others + ranks * traffic.inputs
+    assert traffic.kept == 4 * whole.modulation > 0.25 * (traffic.reduced + traffic.kept)
 
 
 # FLUX.1 on 8 GPUs with 64 samples of 512 tokens each, eager but for the last: recomputed share of the blocks, whether
