@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,15 @@ from config.job_config import JobConfig
 from flux.data.build import ENCODED
 from flux.encoder_costs import EncoderCost, count_encoders
 from flux.flops import forward_flops, training_flops
-from flux.memory import Keep, LocalBatch, block_bytes, blocks_bytes, list_blocks, peak_bytes
+from flux.memory import (
+    Keep,
+    LocalBatch,
+    block_bytes,
+    blocks_bytes,
+    list_blocks,
+    modulation_width,
+    peak_bytes,
+)
 from flux.model import FluxTransformer
 from flux.plans import make_plan
 from flux.spec import LATENT_STRIDE, SPECS, TransformerConfig
@@ -24,6 +33,7 @@ from parallel.compile import compiles_model
 from parallel.config import parse_selective_option
 from parallel.degrees import Degrees
 from parallel.estimate import Links, WeightTraffic, local_numel, token_seconds
+from parallel.names import matches
 from runtime.hardware import Accelerator
 
 OPTIMIZER_STATES = 2  # running means of the gradient and of its square
@@ -86,17 +96,34 @@ def parameter_count(config: JobConfig) -> int:
     return sum(map(prod, parameter_shapes(SPECS[config.model.flavor].transformer).values()))
 
 
+class Elements(NamedTuple):
+    """Of the parameters that a rank holds."""
+
+    blocks: list[int]  # of each, in the order of the forward pass, without its modulation
+    modulation: int  # of all blocks: applied at once, and not gathered
+    others: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.modulation + self.others
+
+
 @cache
-def local_elements(transformer: TransformerConfig, degrees: Degrees) -> list[int]:
-    """Of the parameters of each block, in the order of the forward pass, then of all that are in none; on rank 0."""
+def local_elements(transformer: TransformerConfig, degrees: Degrees) -> Elements:
+    """Rank 0's."""
     plan = make_plan(transformer)
-    blocks = {f"double_blocks.{index}": index for index in range(transformer.depth)}
-    blocks |= {f"single_blocks.{index}": transformer.depth + index for index in range(transformer.depth_single)}
-    sums = [0] * (len(blocks) + 1)
+    places = {f"double_blocks.{index}": index for index in range(transformer.depth)}
+    places |= {f"single_blocks.{index}": transformer.depth + index for index in range(transformer.depth_single)}
+    blocks, modulation, others = [0] * len(places), 0, 0
     for name, shape in parameter_shapes(transformer).items():
-        place = blocks.get(".".join(name.split(".")[:2]), -1)
-        sums[place] += local_numel(name, shape, degrees, plan.column, plan.row)
-    return sums
+        count = local_numel(name, shape, degrees, plan.column, plan.row)
+        if any(matches(name.rpartition(".")[0], pattern) for pattern in plan.modulation):
+            modulation += count
+        elif (place := places.get(".".join(name.split(".")[:2]))) is not None:
+            blocks[place] += count
+        else:
+            others += count
+    return Elements(blocks, modulation, others)
 
 
 def is_stored(config: JobConfig) -> bool:
@@ -153,14 +180,17 @@ def usable_bytes(memory: float) -> float:
 def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders: Mapping[str, EncoderCost]) -> Memory:
     """Bytes of rank 0, which has the most."""
     transformer = SPECS[config.model.flavor].transformer
-    by_block, itemsize = local_elements(transformer, degrees), DTYPES[config.training.dtype].itemsize
-    elements, gradients = sum(by_block), [count * itemsize for count in by_block]
+    local, itemsize = local_elements(transformer, degrees), DTYPES[config.training.dtype].itemsize
+    elements, others = local.total, local.modulation + local.others
+    gradients = [count * itemsize for count in (*local.blocks, others)]
     batch, (kept, whole) = local_batch(config, degrees, on_cpu), kept_levels(config)
     offloaded = config.activation_checkpoint.cpu_offload
     activations = peak_bytes(transformer, batch, kept, whole, [0] * len(gradients), offloaded)
     together = peak_bytes(transformer, batch, kept, whole, gradients, offloaded)
     if config.training.accumulation(degrees.dp) > 1:
         together = activations + sum(gradients)
+    # The last that the backward pass does.
+    together = max(together, sum(gradients) + _modulation_product_bytes(config, degrees))
     gathered = _gathered_bytes(config, degrees)
     frozen, encoding = _encoder_bytes(config, degrees, encoders), _encoding_bytes(config, encoders)
     states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
@@ -261,32 +291,64 @@ def _memory_traffic(config: JobConfig, degrees: Degrees) -> float:
         most, least = (block_bytes(transformer, batch, level, block) for level in (whole, keep))
         activations += most + (most - least) / 3  # the forward pass, a third of it, once more
     activations *= PASSES_FUSED if whole is Keep.COMPILED else PASSES
-    local, itemsize = sum(local_elements(transformer, degrees)), DTYPES[training.dtype].itemsize
-    weights = _weight_traffic(config, degrees)
+    elements, itemsize = local_elements(transformer, degrees), DTYPES[training.dtype].itemsize
+    local, weights = elements.total, _weight_traffic(config, degrees)
     # Written by a gather, read by products; gradients written, copied to the sum's dtype, summed, and accumulated.
     each_pass = 2 * weights.gathers * weights.gathered + weights.gathered + 2 * weights.reduced + 3 * local * itemsize
+    # Modulation is joined and read in both passes.
+    each_pass += 2 * elements.modulation * (itemsize + 2 * compute_dtype(config).itemsize)
     return training.accumulation(degrees.dp) * (activations + each_pass) + UPDATE_PASSES * local * itemsize
 
 
 def _weight_traffic(config: JobConfig, degrees: Degrees) -> WeightTraffic:
-    whole_copy = sum(local_elements(SPECS[config.model.flavor].transformer, Degrees(tp=degrees.tp)))
+    transformer, compute = SPECS[config.model.flavor].transformer, compute_dtype(config).itemsize
+    whole, reduce = local_elements(transformer, Degrees(tp=degrees.tp)), _reduce_itemsize(config)
+    gathered, samples = whole.total - whole.modulation, config.training.local_batch_size
     return WeightTraffic(
-        gathered=whole_copy * compute_dtype(config).itemsize,
-        reduced=whole_copy * DTYPES[config.training.mixed_precision_reduce].itemsize,
+        gathered=gathered * compute,
+        reduced=gathered * reduce,
         gathers=1 if config.parallelism.fsdp_reshard_after_forward == "never" else 2,
+        kept=whole.modulation * reduce,
+        inputs=samples * transformer.hidden_size * reduce if whole.modulation else 0,
+        outputs=samples * modulation_width(transformer) * compute if whole.modulation else 0,
     )
 
 
+def _uses_fsdp(config: JobConfig, degrees: Degrees) -> bool:
+    training = config.training
+    mixed = DTYPES[training.dtype] is not compute_dtype(config)
+    return degrees.dp * degrees.cp > 1 or mixed or training.enable_cpu_offload
+
+
 def _gathered_bytes(config: JobConfig, degrees: Degrees) -> int:
-    """Whole weights that FSDP holds at a time, gathered or cast, and gradients of one block before they are summed."""
-    training, section, compute = config.training, config.parallelism, compute_dtype(config)
-    if degrees.dp * degrees.cp == 1 and DTYPES[training.dtype] is compute and not training.enable_cpu_offload:
+    """Whole weights that FSDP holds at a time, gathered or cast, and gradients of one block before they are summed; of
+    all its ranks, what the modulation is made of.
+    """
+    if not _uses_fsdp(config, degrees):
         return 0
-    *blocks, others = local_elements(SPECS[config.model.flavor].transformer, Degrees(tp=degrees.tp))
+    section, compute, transformer = config.parallelism, compute_dtype(config), SPECS[config.model.flavor].transformer
+    blocks, modulation, others = local_elements(transformer, Degrees(tp=degrees.tp))
     ahead = max(1, section.fsdp_forward_prefetch, section.fsdp_backward_prefetch)
     at_once = sum(blocks) if section.fsdp_reshard_after_forward == "never" else max(blocks) * (1 + ahead)
-    reduced = max(blocks) * (compute.itemsize + DTYPES[training.mixed_precision_reduce].itemsize)
-    return (at_once + others) * compute.itemsize + reduced
+    reduced = max(blocks) * (compute.itemsize + _reduce_itemsize(config))
+    conditions = degrees.fsdp * config.training.local_batch_size * transformer.hidden_size if modulation else 0
+    return (at_once + others + conditions) * compute.itemsize + reduced
+
+
+def _modulation_product_bytes(config: JobConfig, degrees: Degrees) -> int:
+    """This rank's part of the modulation's weights as they are multiplied, and of their gradients on the way."""
+    if not _uses_fsdp(config, degrees):
+        return 0
+    compute, kept = compute_dtype(config), DTYPES[config.training.dtype]
+    each = compute.itemsize + (compute.itemsize if compute is not kept else 0)
+    if degrees.dp_replicate > 1:
+        each += _reduce_itemsize(config)
+    return local_elements(SPECS[config.model.flavor].transformer, degrees).modulation * each
+
+
+def _reduce_itemsize(config: JobConfig) -> int:
+    """Bytes of a number of gradients that are summed over ranks."""
+    return DTYPES[config.training.mixed_precision_reduce].itemsize
 
 
 def _encoder_bytes(config: JobConfig, degrees: Degrees, encoders: Mapping[str, EncoderCost]) -> int:

@@ -96,13 +96,21 @@ def blocks_bytes(config: TransformerConfig, batch: LocalBatch, kept: Sequence[Ke
 
 
 def inputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
-    """Bytes that are kept for what comes before the blocks: inputs, conditions, rotary table."""
+    """Bytes that are kept for what comes before the blocks: inputs, conditions, modulation, rotary table.
+
+    The modulation of a block makes room for its gradient, which stays to the end.
+    """
     D, pooled = config.hidden_size, config.pooled_dim or 0
     embedders = 1 + config.guidance_embed + bool(pooled)
-    conditions = embedders * (TIME_FEATURES + 2 * D) + 4 * D
+    conditions = embedders * (TIME_FEATURES + 2 * D) + 4 * D + modulation_width(config)
     inputs = batch.image_tokens * config.in_channels + batch.text_tokens * config.context_dim
     rotary = batch.tokens * config.head_dim
     return batch.samples * (batch.itemsize * (conditions + inputs) + _FLOAT32 * rotary)
+
+
+def modulation_width(config: TransformerConfig) -> int:
+    """Numbers that modulate the blocks, of one sample."""
+    return (12 + 3 if config.shared_modulation else 12 * config.depth + 3 * config.depth_single) * config.hidden_size
 
 
 def outputs_bytes(config: TransformerConfig, batch: LocalBatch) -> int:
@@ -135,7 +143,8 @@ def peak_bytes(
     Args:
         kept: what each block keeps, in the order of the forward pass.
         at_most: what a block that is computed again holds by then.
-        gradients: bytes of the gradients of each block's weights, then of all others: they come as activations go.
+        gradients: bytes of the gradients of each block's weights, then of all others, modulation too: they come as
+            activations go.
         offloaded: what blocks keep is elsewhere until it is needed.
     """
     blocks = list_blocks(config)
@@ -161,12 +170,11 @@ def _double_block(config: TransformerConfig, batch: LocalBatch) -> Iterator[_Kep
     yield _Kept(Keep.INPUTS, D, item)
     # A CPU keeps copies of the parts of qkv that it normalizes in fp32, and then not the whole.
     yield _Kept(Keep.PRODUCTS, 3 * D / tp, item, last=Keep.COMPILED if batch.on_cpu and item != _FLOAT32 else Keep.ALL)
-    modulation = 0 if config.shared_modulation else 12 * D
-    yield _Kept(Keep.PRODUCTS, D + _mlp_in(config) / tp + D, item, modulation)  # out of attention, into and out of MLP
+    yield _Kept(Keep.PRODUCTS, D + _mlp_in(config) / tp + D, item)  # out of attention, into and out of MLP
     if tp > 1:
         yield _Kept(Keep.PRODUCTS, D + D, item, last=Keep.PRODUCTS)  # the same before they are summed over ranks
-    # Twice modulated, into the last layers of attention and MLP; silu of the conditions.
-    yield _Kept(Keep.COMPILED, 2 * D + (D if batch.samples > 1 else 0) / tp + mlp_width(config) / tp, item, 2 * D)
+    # Twice modulated, into the last layers of attention and MLP.
+    yield _Kept(Keep.COMPILED, 2 * D + (D if batch.samples > 1 else 0) / tp + mlp_width(config) / tp, item)
     yield _Kept(Keep.COMPILED, 4, _FLOAT32)  # mean and deviation of two norms
     yield _Kept(Keep.ALL, 2 * D + D, item, 4 * D)  # twice normalized, between attention and MLP; 1 + scale
     yield from _attention(config, batch, separate_values=True)
@@ -176,12 +184,10 @@ def _single_block(config: TransformerConfig, batch: LocalBatch, block: Block) ->
     D, tp, item = config.hidden_size, batch.tensor_parallel, batch.itemsize
     read = batch.image_tokens / batch.tokens if block is Block.LAST else 1  # share of the tokens that come out
     yield _Kept(Keep.INPUTS, D, item)
-    modulation = 0 if config.shared_modulation else 3 * D
-    # Out of linear1 and linear2.
-    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + read * D, item, modulation)
+    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + read * D, item)  # out of linear1 and linear2
     if tp > 1:
         yield _Kept(Keep.PRODUCTS, read * D, item, last=Keep.PRODUCTS)
-    yield _Kept(Keep.COMPILED, D + read * (D + mlp_width(config)) / tp, item, D)  # modulated, into linear2; silu
+    yield _Kept(Keep.COMPILED, D + read * (D + mlp_width(config)) / tp, item)  # modulated, into linear2
     yield _Kept(Keep.COMPILED, 2, _FLOAT32)
     yield _Kept(Keep.ALL, D, item, D)  # normalized; 1 + scale
     yield from _attention(config, batch, separate_values=False)

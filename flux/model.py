@@ -3,14 +3,15 @@
 FLUX.1: https://github.com/black-forest-labs/flux; FLUX.2: https://github.com/black-forest-labs/flux2. Module names are
 theirs; the families differ in the switches of `TransformerConfig`. This is plain single-device code: sharding,
 recomputation, compilation and quantization are applied from outside, by module name. Two seams without parameters
-serve them: `attention` in each block may be replaced, and a block's modulation may be handed in.
+serve them and may be replaced: `attention` in each block, and `block_modulation`, which applies the modulation layers
+of all blocks before the first of them runs.
 
 Names end in their dims (legend: flux/batch.py). Inside a block heads stay where the linear layer put them,
 `[B, S, N, K]`, and are always unfolded by the head dim, never by their number, so that a rank may hold a part of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ class FluxTransformer(nn.Module):
         self.time_in = Embedder(TIME_FEATURES, D, bias)
         self.vector_in = Embedder(config.pooled_dim, D, bias) if config.pooled_dim else None
         self.guidance_in = Embedder(TIME_FEATURES, D, bias) if config.guidance_embed else None
-        if config.shared_modulation:
+        if not config.shared_modulation:
+            self.block_modulation = LinearGroup()
+        else:
             self.double_stream_modulation_img = ModulationLinear(D, 2, bias)
             self.double_stream_modulation_txt = ModulationLinear(D, 2, bias)
             self.single_stream_modulation = ModulationLinear(D, 1, bias)
@@ -92,17 +95,17 @@ class FluxTransformer(nn.Module):
         rotary = rotary_table(torch.cat((txt_ids_BLA, img_ids_BTA), dim=1), self.config.axes_dim, self.config.theta)
         mask_BS = None if txt_mask_BL is None else F.pad(txt_mask_BL, (0, img_BTC.shape[1]), value=True)
         vec_BD = self.embed_conditions(t_B, pooled_BV, guidance_B)
-        double_modulation, single_modulation = self.shared_modulation(vec_BD)
+        double, single = self.modulate_blocks(vec_BD)
 
         img_BTD = self.img_in(img_BTC.to(dtype))
         txt_BLD = self.txt_in(self.txt_norm(txt_BLE.to(dtype)))
-        for block in self.double_blocks:
-            img_BTD, txt_BLD = block(img_BTD, txt_BLD, vec_BD, rotary, mask_BS, double_modulation)
+        for block, pair in zip(self.double_blocks, double, strict=True):
+            img_BTD, txt_BLD = block(img_BTD, txt_BLD, pair, rotary, mask_BS)
         x_BSD = torch.cat((txt_BLD, img_BTD), dim=1)
-        for block in self.single_blocks:
+        for block, modulation in zip(self.single_blocks, single, strict=True):
             # Of the last block nobody reads the text, which costs it a quarter of its products at half the tokens.
             unread = txt_BLD.shape[1] if block is self.single_blocks[-1] else 0
-            x_BSD = block(x_BSD, vec_BD, rotary, mask_BS, single_modulation, unread)
+            x_BSD = block(x_BSD, modulation, rotary, mask_BS, unread)
         return self.final_layer(x_BSD[:, -img_BTD.shape[1] :], vec_BD)
 
     def embed_conditions(self, t_B: Tensor, pooled_BV: Tensor | None, guidance_B: Tensor | None) -> Tensor:
@@ -118,12 +121,18 @@ class FluxTransformer(nn.Module):
             vec_BD = vec_BD + self.vector_in(pooled_BV)
         return vec_BD
 
-    def shared_modulation(self, vec_BD: Tensor) -> tuple[DoubleModulation | None, Modulation | None]:
-        """The modulation of all double and of all single blocks; None: each block makes its own."""
-        if not self.config.shared_modulation:
-            return None, None
-        double = self.double_stream_modulation_img(vec_BD), self.double_stream_modulation_txt(vec_BD)
-        return double, self.single_stream_modulation(vec_BD)[0]
+    def modulate_blocks(self, vec_BD: Tensor) -> tuple[list[DoubleModulation], list[Modulation]]:
+        """The modulation of each double and of each single block."""
+        depth = len(self.double_blocks)
+        if self.config.shared_modulation:
+            double = self.double_stream_modulation_img(vec_BD), self.double_stream_modulation_txt(vec_BD)
+            return [double] * depth, [self.single_stream_modulation(vec_BD)[0]] * len(self.single_blocks)
+        blocks = (*self.double_blocks, *self.single_blocks)
+        layers = [layer for block in blocks for layer in block.children() if isinstance(layer, ModulationLinear)]
+        outputs = self.block_modulation(F.silu(vec_BD), [layer.lin for layer in layers])
+        made = [layer.divide(y) for layer, y in zip(layers, outputs, strict=True)]
+        image, text, rest = made[: 2 * depth : 2], made[1 : 2 * depth : 2], made[2 * depth :]
+        return list(zip(image, text, strict=True)), [single for (single,) in rest]
 
 
 class DoubleBlock(nn.Module):
@@ -145,13 +154,14 @@ class DoubleBlock(nn.Module):
         self,
         img_BTD: Tensor,
         txt_BLD: Tensor,
-        vec_BD: Tensor,
+        modulation: DoubleModulation | Tensor,
         rotary: Tensor,
         mask_BS: Tensor | None = None,
-        modulation: DoubleModulation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns img_BTD, txt_BLD. `modulation` replaces what the block would make of vec_BD."""
-        img_mod, txt_mod = modulation or (self.img_mod(vec_BD), self.txt_mod(vec_BD))
+        """Returns img_BTD, txt_BLD. `modulation` may be vec_BD, of which the block makes its own."""
+        if isinstance(modulation, Tensor):
+            modulation = self.img_mod(modulation), self.txt_mod(modulation)
+        img_mod, txt_mod = modulation
 
         img_qkv = self.img_attn(modulate(self.img_norm1(img_BTD), img_mod[0]))
         txt_qkv = self.txt_attn(modulate(self.txt_norm1(txt_BLD), txt_mod[0]))
@@ -186,25 +196,24 @@ class SingleBlock(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        vec_BD: Tensor,
+        modulation: Modulation | Tensor,
         rotary: Tensor,
         mask_BS: Tensor | None = None,
-        modulation: Modulation | None = None,
         unread: int = 0,
     ) -> Tensor:
         """Returns x_BSD without its first `unread` tokens, which the others attend to all the same.
 
-        `modulation` replaces what the block would make of vec_BD.
+        `modulation` may be vec_BD, of which the block makes its own.
         """
-        modulation = modulation or self.modulation(vec_BD)[0]
-        fused = self.linear1(modulate(self.pre_norm(x_BSD), modulation))
+        mod = self.modulation(modulation)[0] if isinstance(modulation, Tensor) else modulation
+        fused = self.linear1(modulate(self.pre_norm(x_BSD), mod))
         # Shares of what is there, not fixed widths: under tensor parallelism a rank holds a part of each.
         qkv, mlp = fused.split([fused.shape[-1] * width // sum(self.widths) for width in self.widths], dim=-1)
         q_BSNK, k_BSNK, v_BSNK = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q_BSNK, k_BSNK = self.norm(q_BSNK, k_BSNK)
         attn_BSNK = self.attention(rotate(q_BSNK, rotary), rotate(k_BSNK, rotary), v_BSNK, mask_BS)
         y_BSD = self.linear2(torch.cat((attn_BSNK[:, unread:].flatten(2), self.mlp_act(mlp[:, unread:])), dim=-1))
-        return add_gated(x_BSD[:, unread:], modulation, y_BSD)
+        return add_gated(x_BSD[:, unread:], mod, y_BSD)
 
 
 class FinalLayer(nn.Module):
@@ -235,6 +244,14 @@ class Attention(nn.Module):
             is_causal=False,
         )
         return attn_BNSK.transpose(1, 2).to(dtype)
+
+
+class LinearGroup(nn.Module):
+    """Linear layers of one input. Parameter-free: what keeps their weights split over ranks puts its own here."""
+
+    def forward(self, x_BD: Tensor, layers: Sequence[nn.Linear]) -> list[Tensor]:
+        """Returns the output of each layer, `[B, its outputs]`."""
+        return [layer(x_BD) for layer in layers]
 
 
 class Projections(nn.Module):
@@ -273,7 +290,11 @@ class ModulationLinear(nn.Module):
         self.lin = nn.Linear(width, 3 * branches * width, bias=bias)
 
     def forward(self, vec_BD: Tensor) -> tuple[Modulation, ...]:
-        chunks = self.lin(F.silu(vec_BD))[:, None].chunk(3 * self.branches, dim=-1)
+        return self.divide(self.lin(F.silu(vec_BD)))
+
+    def divide(self, y: Tensor) -> tuple[Modulation, ...]:
+        """What `lin` has made, branch by branch."""
+        chunks = y[:, None].chunk(3 * self.branches, dim=-1)
         return tuple(Modulation(*chunks[start : start + 3]) for start in range(0, len(chunks), 3))
 
 

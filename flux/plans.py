@@ -17,6 +17,9 @@ class ParallelPlan:
             consist of: each piece is split by itself, so that a rank holds whole heads and the MLP columns that match.
         row: linear layers whose columns are split, and the number of pieces of these.
         head_norms: norms that meet only a rank's own heads.
+        modulation: linear layers of the blocks that see one row per sample: where their weights are split over ranks,
+            outputs travel with less effort.
+        modulation_product: the parameter-free module that applies all of these.
         quantized: linear layers that may compute in 8 bits. Modulation, time, vector and guidance layers see one row
             per sample, too few to gain anything; the first and the last layers are small and carry the most precision.
         precise_weight_gradients: of those, layers whose weight gradient stays in the computation's dtype: with an 8-bit
@@ -29,6 +32,8 @@ class ParallelPlan:
     column: dict[str, int]
     row: dict[str, int]
     head_norms: tuple[str, ...]
+    modulation: tuple[str, ...]
+    modulation_product: str
     quantized: tuple[str, ...]
     precise_weight_gradients: tuple[str, ...]
 
@@ -38,6 +43,7 @@ def make_plan(config: TransformerConfig) -> ParallelPlan:
     column = {"double_blocks.*.*_attn.qkv": 3, "double_blocks.*.*_mlp.0": 2 if config.swiglu else 1}
     row = {"double_blocks.*.*_attn.proj": 1, "double_blocks.*.*_mlp.2": 1}
     blocks: tuple[str, ...] = ("double_blocks.*",)
+    modulation: tuple[str, ...] = ("double_blocks.*.*_mod.lin",)
     head_norms: tuple[str, ...] = ("double_blocks.*.*_attn.norm.*_norm",)
     if config.depth_single:  # Qwen-Image has none
         mlp = int(config.mlp_ratio)  # the MLP's width in pieces of the hidden size
@@ -45,6 +51,7 @@ def make_plan(config: TransformerConfig) -> ParallelPlan:
         column["single_blocks.*.linear1"] = 3 + (2 * mlp if config.swiglu else mlp)
         row["single_blocks.*.linear2"] = 1 + mlp
         blocks += ("single_blocks.*",)
+        modulation += ("single_blocks.*.modulation.lin",)
         head_norms += ("single_blocks.*.norm.*_norm",)
     return ParallelPlan(
         blocks=blocks,
@@ -53,6 +60,8 @@ def make_plan(config: TransformerConfig) -> ParallelPlan:
         column=column,
         row=row,
         head_norms=head_norms,
+        modulation=() if config.shared_modulation else modulation,
+        modulation_product="block_modulation",
         quantized=(*column, *row),
         precise_weight_gradients=("double_blocks.*.*_attn.qkv",),
     )

@@ -15,46 +15,18 @@ Buffers have tokens as their first dim, so that what ranks send follows each oth
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.group import Group, make_group, wait
 from parallel.names import find_modules
 
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import GroupName
-
-_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # old name
 _EFFICIENT_ALIGNMENT = 32  # CUDA's memory-efficient attention pads its log-sum-exp to a multiple of it
-
-
-@dataclass(frozen=True)
-class Group:
-    """The ranks that share a sample, in words that torch.compile can trace."""
-
-    name: "GroupName"
-    size: int
-    rank: int  # this process's place among them
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """The i-th part of dim 0 goes to rank i; the parts that arrive follow each other in the order of ranks."""
-        return _wait(funcol.all_to_all_single_autograd(x.contiguous(), None, None, self.name))
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's dim 0, one after the other; the gradient is summed and scattered back."""
-        return _wait(_all_gather(x.contiguous(), 0, self.name))
-
-    def start_passing_on(self, x: Tensor) -> Tensor:
-        """Sends x to the next rank and returns what the previous one sends, to be waited on. No autograd."""
-        to, source = [0] * self.size, [0] * self.size
-        to[(self.rank + 1) % self.size] = source[(self.rank - 1) % self.size] = x.shape[0]
-        return funcol.all_to_all_single(x.contiguous(), source, to, self.name)
 
 
 def apply_context_parallel(model: nn.Module, attention: str, group: DeviceMesh, method: str) -> None:
@@ -69,7 +41,7 @@ def apply_context_parallel(model: nn.Module, attention: str, group: DeviceMesh, 
     builder = {"ulysses": UlyssesAttention, "allgather": AllGatherAttention, "ring": RingAttention}[method]
     for name, inner in find_modules(model, [attention]).items():
         assert not list(inner.parameters()), f"{name} has parameters, whose names would change"
-        model.set_submodule(name, builder(inner, _make_group(group)))
+        model.set_submodule(name, builder(inner, make_group(group)))
 
 
 def shard_sequence(
@@ -87,13 +59,13 @@ def shard_sequence(
     """
     if mesh is None:
         return dict(tensors)
-    group = _make_group(mesh)
+    group = make_group(mesh)
     return {name: _chunk(name, x, group) if name in names and x is not None else x for name, x in tensors.items()}
 
 
 def gather_sequence(x: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """All ranks' chunks along dim 1, put together again: undoes `shard_sequence` on every rank."""
-    return x if mesh is None else _make_group(mesh).gather(x.transpose(0, 1)).transpose(0, 1)
+    return x if mesh is None else make_group(mesh).gather(x.transpose(0, 1)).transpose(0, 1)
 
 
 class UlyssesAttention(nn.Module):
@@ -154,7 +126,7 @@ class _Ring(torch.autograd.Function):
         for step in range(group.size):
             arriving = group.start_passing_on(kv) if step < group.size - 1 else kv
             attn_BSNK, lse_BNS = merge(attn_BSNK, lse_BNS, *attend_block(q_BSNK, kv[0], kv[1]))
-            kv = _wait(arriving)
+            kv = wait(arriving)
         attn_BSNK = attn_BSNK.to(q_BSNK.dtype)
         ctx.save_for_backward(q_BSNK, k_BSNK, v_BSNK, attn_BSNK, lse_BNS)
         ctx.group = group
@@ -172,12 +144,12 @@ class _Ring(torch.autograd.Function):
             arriving = group.start_passing_on(kv) if step < group.size - 1 else kv
             dq, dk, dv = attend_block_backward(grad_BSNK, q_BSNK, kv[0], kv[1], attn_BSNK, lse_BNS)
             dq_BSNK += dq
-            dkv = _wait(dkv)
+            dkv = wait(dkv)
             dkv[0] += dk
             dkv[1] += dv
             dkv = group.start_passing_on(dkv)
-            kv = _wait(arriving)
-        dk_BSNK, dv_BSNK = _wait(dkv).to(k_BSNK.dtype).unbind()
+            kv = wait(arriving)
+        dk_BSNK, dv_BSNK = wait(dkv).to(k_BSNK.dtype).unbind()
         return dq_BSNK.to(q_BSNK.dtype), dk_BSNK, dv_BSNK, None
 
 
@@ -227,11 +199,6 @@ def merge(attn_BSNK: Tensor, lse_BNS: Tensor, more_BSNK: Tensor, more_lse_BNS: T
     return torch.lerp(attn_BSNK, more_BSNK.to(attn_BSNK.dtype), share_BSN1), torch.logaddexp(lse_BNS, more_lse_BNS)
 
 
-def _make_group(mesh: DeviceMesh) -> Group:
-    assert mesh.ndim == 1, f"context parallelism takes one axis of the mesh, not {mesh}"
-    return Group(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
-
-
 def _chunk(name: str, x: Tensor, group: Group) -> Tensor:
     if x.shape[1] % group.size:
         raise ValueError(
@@ -243,8 +210,3 @@ def _chunk(name: str, x: Tensor, group: Group) -> Tensor:
 
 def _gather_mask(mask_BS: Tensor | None, group: Group) -> Tensor | None:
     return None if mask_BS is None else group.gather(mask_BS.transpose(0, 1)).transpose(0, 1)
-
-
-def _wait(x: Tensor) -> Tensor:
-    """A collective's result as a plain tensor, with its values there."""
-    return funcol.wait_tensor(x)

@@ -6,7 +6,7 @@ context parallel need no factor anywhere.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     cpu_offload: bool,
+    ignored: Collection[nn.Parameter] = (),
 ) -> None:
     """Splits the parameters over the ranks of `mesh`, in place; names stay as they are.
 
@@ -36,6 +37,7 @@ def apply_fsdp(
         param_dtype: dtype of the computation. Inputs are not cast: times and positions stay exact.
         reduce_dtype: dtype in which gradients are summed over ranks.
         cpu_offload: keep parameters, gradients and optimizer states in the CPU's memory.
+        ignored: parameters that are spread already, and used without being gathered.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = _offload(mesh, cpu_offload)
@@ -43,11 +45,12 @@ def apply_fsdp(
     def shard(module: nn.Module, reshard: bool) -> None:
         fully_shard(
             module,
-            mesh=_spread(mesh),
+            mesh=spread_mesh(mesh),
             reshard_after_forward=reshard,
             shard_placement_fn=fsdp_placement,
             mp_policy=precision,
             offload_policy=offload,
+            ignored_params=set(ignored),
         )
 
     when = section.fsdp_reshard_after_forward
@@ -71,8 +74,15 @@ def apply_frozen_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: Devic
         cpu_offload: they are gathered from the CPU's memory. The model must be given its weights there.
     """
     for module in (*blocks, model):
-        fully_shard(module, mesh=_spread(mesh), reshard_after_forward=True, offload_policy=_offload(mesh, cpu_offload))
+        fully_shard(
+            module, mesh=spread_mesh(mesh), reshard_after_forward=True, offload_policy=_offload(mesh, cpu_offload)
+        )
     _prefetch(blocks, Parallelism(fsdp_forward_prefetch=1))
+
+
+def spread_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks over which weights are spread, of dp_replicate x fsdp: one copy of them needs no axis of copies."""
+    return mesh[mesh.mesh_dim_names[1]] if mesh.size(0) == 1 and mesh.mesh_dim_names else mesh
 
 
 def reshard(model: nn.Module) -> None:
@@ -83,11 +93,6 @@ def reshard(model: nn.Module) -> None:
 
 def _offload(mesh: DeviceMesh, cpu_offload: bool) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
-
-
-def _spread(mesh: DeviceMesh) -> DeviceMesh:
-    """One copy of the weights needs no axis of copies."""
-    return mesh[mesh.mesh_dim_names[1]] if mesh.size(0) == 1 and mesh.mesh_dim_names else mesh
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:

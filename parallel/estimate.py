@@ -70,17 +70,25 @@ class WeightTraffic:
         gathered: weights in the dtype of the computation.
         reduced: gradients in the dtype in which they are summed.
         gathers: how often weights are gathered for one forward and backward pass.
+        kept: gradients of weights that are not gathered, in the same dtype.
+        inputs: of one rank to these, in the same dtype.
+        outputs: of these for one rank's samples.
     """
 
     gathered: int
     reduced: int
     gathers: int
+    kept: int
+    inputs: int
+    outputs: int
 
     def seconds(self, degrees: Degrees, links: Links) -> float:
         """Of one forward and backward pass."""
         shards, copies = degrees.fsdp, degrees.dp_replicate
-        along_shards = (self.gathers * self.gathered + self.reduced) * (shards - 1) / shards
-        along_copies = 2 * self.reduced / shards * (copies - 1) / copies
+        # What is not gathered exchanges inputs and outputs, and in the backward pass their gradients.
+        along_shards = (self.gathers * self.gathered + self.reduced + 2 * self.outputs) * (shards - 1) / shards
+        along_shards += 2 * self.inputs * (shards - 1)
+        along_copies = 2 * (self.reduced + self.kept) / shards * (copies - 1) / copies
         return links.seconds(along_shards, degrees.tp, shards) + links.seconds(
             along_copies, degrees.tp * shards, copies
         )

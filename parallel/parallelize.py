@@ -16,6 +16,7 @@ from parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
 from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_fsdp
 from parallel.mesh import Layout
+from parallel.modulation_parallel import apply_modulation_parallel
 from parallel.names import find_modules
 from parallel.quantize import apply_converters, check_converters
 from parallel.tensor_parallel import apply_tensor_parallel
@@ -36,6 +37,10 @@ class Plan(Protocol):
     def row(self) -> Mapping[str, int]: ...
     @property
     def head_norms(self) -> Sequence[str]: ...
+    @property
+    def modulation(self) -> Sequence[str]: ...
+    @property
+    def modulation_product(self) -> str: ...
     @property
     def quantized(self) -> Sequence[str]: ...
     @property
@@ -87,7 +92,8 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
     5. Recomputation wraps each block's forward pass, inside of what is compiled, so that the compiler sees both passes.
     6. Compilation takes each block as it is by then, as one graph.
     7. Offload wraps the call of each block, compiled or not: what is compiled has no place for its hooks.
-    8. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
+    8. Modulation is split where FSDP follows, which is told to leave it alone: outputs travel, not weights.
+    9. FSDP comes last: it gathers a block's weights before and frees them after all of the above runs, in the forward
        pass and once for the backward pass, recomputation included.
     """
     blocks = list(find_modules(model, plan.blocks).values())
@@ -108,12 +114,6 @@ def parallelize(model: nn.Module, plan: Plan, layout: Layout, techniques: Techni
     mixed = any(parameter.dtype != techniques.param_dtype for parameter in model.parameters())
     if layout.degrees.dp * layout.degrees.cp > 1 or mixed or techniques.cpu_offload:
         assert layout.weights is not None
-        apply_fsdp(
-            model,
-            blocks,
-            layout.weights["dp_replicate", "fsdp"],
-            techniques.parallelism,
-            techniques.param_dtype,
-            techniques.reduce_dtype,
-            techniques.cpu_offload,
-        )
+        mesh, dtypes = layout.weights["dp_replicate", "fsdp"], (techniques.param_dtype, techniques.reduce_dtype)
+        stationary = apply_modulation_parallel(model, plan.modulation, plan.modulation_product, mesh, *dtypes)
+        apply_fsdp(model, blocks, mesh, techniques.parallelism, *dtypes, techniques.cpu_offload, stationary)

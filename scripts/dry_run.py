@@ -71,8 +71,10 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
             model.to_empty(device="cpu")
             optimizer = build_optimizer(group_by_mesh(model.parameters()), config.optimizer)
             inputs = make_empty_inputs(config, layout)
-            blocks = find_modules(model, make_plan(spec.transformer).blocks).values()
-            largest = max(sum(map(gathered_size, block.parameters())) for block in blocks)
+            plan = make_plan(spec.transformer)
+            kept = {one for layer in find_modules(model, plan.modulation).values() for one in layer.parameters()}
+            blocks = find_modules(model, plan.blocks).values()
+            largest = max(sum(gathered_size(one) for one in block.parameters() if one not in kept) for block in blocks)
             counter = CollectiveCounter()
             with counter:
                 target_BTC = inputs.pop("target_BTC")

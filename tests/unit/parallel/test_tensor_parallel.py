@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +14,9 @@ from flux.model import FluxTransformer
 from flux.plans import ParallelPlan, make_plan
 from flux.spec import SPECS, TransformerConfig
 from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.config import ActivationCheckpoint
+from parallel.config import ActivationCheckpoint, Parallelism
+from parallel.data_parallel import apply_fsdp
+from parallel.modulation_parallel import apply_modulation_parallel
 from parallel.shards import copy_full_, full_tensor
 from parallel.tensor_parallel import apply_tensor_parallel, fsdp_placement
 from tests.distributed.ranks import run_ranks
@@ -120,7 +121,7 @@ def split_model(
     mesh: DeviceMesh,
     plan: ParallelPlan,
     prepare: Callable[[nn.Module], None],
-    precision: MixedPrecisionPolicy,
+    dtype: torch.dtype = torch.float32,
 ) -> FluxTransformer:
     """Over tp, and over fsdp where the mesh has it."""
     model = build_model(config)
@@ -131,12 +132,9 @@ def split_model(
         prepare(block)
     if "fsdp" in mesh.mesh_dim_names:
         data = mesh[tuple(name for name in mesh.mesh_dim_names if name != "tp")]
-        for module in (*model.double_blocks, *model.single_blocks, model):
-            fully_shard(module, mesh=data, shard_placement_fn=fsdp_placement, mp_policy=precision)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        dtypes, blocks = (dtype, torch.float32), [*model.double_blocks, *model.single_blocks]
+        stationary = apply_modulation_parallel(model, plan.modulation, plan.modulation_product, data, *dtypes)
+        apply_fsdp(model, blocks, data, Parallelism(), *dtypes, False, stationary)
     return model
 
 
@@ -177,6 +175,7 @@ def compare(
 ) -> dict[str, float]:
     """Largest relative difference of outputs, loss and gradients from one process."""
     config = CONFIGS[family]
+    axes = {"dp_replicate": 1, **axes} if "fsdp" in axes else axes
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     plan = make_plan(config)
     if fault == "qkv split as one piece":
@@ -191,8 +190,7 @@ def compare(
     load(alone, weights)
     expected_BTC, expected_loss = predict(alone, inputs)
 
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    model = split_model(config, mesh, plan, PREPARATIONS[preparation], precision)
+    model = split_model(config, mesh, plan, PREPARATIONS[preparation], dtype)
     load(model, weights)
     for name, parameter in model.named_parameters():
         assert torch.equal(full_tensor(parameter), weights[name]), name
@@ -281,7 +279,7 @@ def count_collectives(rank: int, world: int) -> list[int]:
     config = CONFIGS["flux2"]
     plan = make_plan(config)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = split_model(config, mesh, plan, leave, MixedPrecisionPolicy())
+    model = split_model(config, mesh, plan, leave)
     load(model, make_weights(model))
     inputs = make_inputs(config)
     target_BTC = inputs.pop("target_BTC")

@@ -15,6 +15,7 @@ from scripts.dry_run import DryRun, describe, main, take_dry_step
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "train_configs"
 DEV_PARAMETERS = 11_901_408_320
+DEV_MODULATION = (19 * 12 + 38 * 3) * 3072 * (3072 + 1)
 BLOCKS = 19 + 38  # of flux-dev; the rest is one more group
 BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two states
 # Each parameter is split on its own and rounded up to whole rows, so that a rank holds a little more than its share.
@@ -62,16 +63,19 @@ def test_flux_dev_on_1024_ranks_in_128_copies():
     assert is_the_share_of(run, 8, DEV_PARAMETERS)
     assert not is_the_share_of(run, 1024, DEV_PARAMETERS)
     assert run.calls == {
-        # Each block once forward and once backward; the rest stays gathered in between.
-        "all-gather": 2 * BLOCKS + 1,
-        "reduce-scatter": BLOCKS + 1,
-        # Copies add up each group of gradients, and the norm takes one more.
-        "all-reduce": BLOCKS + 1 + 1,
+        # Each block once forward and once backward; the rest stays gathered in between. Conditions once.
+        "all-gather": 2 * BLOCKS + 1 + 1,
+        "reduce-scatter": BLOCKS + 1 + 1,
+        # Modulation there, and its gradient back.
+        "all-to-all": 2,
+        # Copies add up each group of gradients, and the modulation's weights and biases; the norm takes one more.
+        "all-reduce": BLOCKS + 1 + 2 + 1,
     }
-    # Weights travel in bfloat16, twice but for the rest; gradients in float32 once.
-    blocks = run.bytes["all-gather"] / 2 - DEV_PARAMETERS
-    assert 0.99 * DEV_PARAMETERS < blocks < DEV_PARAMETERS
-    assert abs(run.bytes["reduce-scatter"] / (4 * DEV_PARAMETERS) - 1) <= UNEVEN
+    # Weights travel in bfloat16, twice but for the rest; gradients in float32 once; those of modulation stay.
+    gathered = DEV_PARAMETERS - DEV_MODULATION
+    blocks = run.bytes["all-gather"] / 2 - gathered
+    assert 0.98 * gathered < blocks < gathered
+    assert abs(run.bytes["reduce-scatter"] / (4 * gathered) - 1) <= UNEVEN
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +101,8 @@ def test_context_parallel_exchanges_tokens_for_heads_in_every_block(tiny_alone):
     transformer = SPECS["flux-tiny"].transformer
     run = dry_run("flux_tiny", 4, f"{CP}=2")
     blocks = transformer.depth + transformer.depth_single
-    # In and out of each attention, forward and backward.
-    assert run.calls["all-to-all"] == 4 * blocks
+    # In and out of each attention, forward and backward, and so the modulation of all blocks.
+    assert run.calls["all-to-all"] == 4 * blocks + 2
     assert is_the_share_of(run, 4, tiny_alone.parameters), "context parallel ranks hold different parts too"
 
 
