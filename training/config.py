@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+BLOCK = 256  # neighbors in a row of a matrix that share a scale in 8 bits
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -19,6 +21,16 @@ class Optimizer:
     implementation: Annotated[
         Literal["for-loop", "foreach", "fused"], "how the update is computed: fused is fastest, the numbers agree"
     ] = "fused"
+    state_dtype: Annotated[
+        Literal["float32", "bfloat16", "8bit"],
+        "number format in which the running means are kept; 8bit is of matrices whose rows are multiples of 256, the "
+        "rest stays float32",
+    ] = "float32"
+    bf16_rounding: Annotated[
+        Literal["remainder", "stochastic"],
+        "what becomes of the digits that a bfloat16 weight has no room for: remainder keeps them beside it, in 16 bits "
+        "that make it an exact float32; stochastic rounds up or down by chance, right in the mean",
+    ] = "remainder"
 
 
 @dataclass(frozen=True)
