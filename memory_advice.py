@@ -46,7 +46,7 @@ def out_of_memory_told(config: JobConfig, layout: Layout, in_step: bool) -> Iter
 
 
 def find_remedies(config: JobConfig, degrees: Degrees, device_type: str, in_step: bool = True) -> list[Remedy]:
-    """What makes room without changing the updates, by the formulas of `scripts.plan`, the most helpful first."""
+    """What makes room for the same updates, by the formulas of `scripts.plan`, the most helpful first."""
     on_cpu = device_type == "cpu"
     update, peak = config.training.update_size(degrees.dp), estimate_memory(config, degrees, on_cpu, {}).peak
     found: list[Remedy] = []
@@ -80,6 +80,8 @@ def _candidates(
         return
     offloaded = replace(training, enable_cpu_offload=True)
     yield "training.enable_cpu_offload=true", {"training": offloaded}, degrees
+    eight_bit = replace(config.optimizer, state_dtype="8bit")
+    yield 'optimizer.state_dtype="8bit"', {"optimizer": eight_bit}, degrees
     shard, copies = degrees.dp_shard, degrees.dp_replicate
     factor = 2 if copies % 2 == 0 or copies == 1 else copies
     then = replace(degrees, dp_shard=shard * factor, dp_replicate=max(1, copies // factor))

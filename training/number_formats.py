@@ -8,6 +8,7 @@ from math import inf, nan
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from training.config import BLOCK
 
@@ -96,7 +97,9 @@ class EightBit:
     def __init__(self, signed: bool, device: torch.device):
         from torchao.optim.quant_utils import create_dynamic_map
 
-        self.values = torch.tensor(create_dynamic_map(signed), device=device)  # of the codes 0 to 255, rising
+        with _disable_current_modes():  # a dry run has tensors without content
+            table = create_dynamic_map(signed)
+        self.values = torch.tensor(table, device=device)  # of the codes 0 to 255, rising
         self.limits = (self.values[1:] + self.values[:-1]) / 2
         self.lowest = 0 if signed else 1
 
