@@ -51,7 +51,7 @@ def make_noise(key: Tensor, width: int, first: tuple[int, int], shape: tuple[int
     """Int32 from 0 to 65535, evenly distributed: a function of the key and of the element's place in a matrix.
 
     Args:
-        key: int64 [], on any device.
+        key: int64 [], on any device; a small difference shifts the noise, so take what looks random.
         width: columns of the whole matrix.
         first: row and column at which the part of it begins that the noise is for.
         shape: of that part.
