@@ -136,7 +136,7 @@ class FluxTrainer:
         done = found.schedule_step if found else 0
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
-        log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
+        log_stage(5, STAGES, "optimizer", f"{config.optimizer.describe(training.dtype)}, {warmup}")
 
         self.metrics: MetricsLogger | None = None  # on rank 0
         if layout.rank == 0:

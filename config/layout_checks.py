@@ -66,21 +66,21 @@ def _heads(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
 
 
 def _states_in_8_bits(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
-    """Tensor parallel splits rows of some matrices into parts, and FSDP those of the others."""
+    """Tensor parallel cuts the rows of some matrices, and FSDP then those of the others."""
     width = SPECS[config.model.flavor].transformer.hidden_size
     if config.optimizer.state_dtype != "8bit" or degrees.tp == 1 or width % BLOCK:
         return
-    fitting = choices(divisors(width // BLOCK))
-    for name, parts, keys in (
-        (f"{KEYS['tp']}={degrees.tp}", degrees.tp, ("tp",)),
-        (f"{KEYS['dp_shard']}={degrees.dp_shard} x {KEYS['cp']}={degrees.cp}", degrees.fsdp, ("tp", "dp_shard", "cp")),
+    shards = f"{KEYS['dp_shard']}={degrees.dp_shard} x {KEYS['cp']}={degrees.cp}"
+    for keys, split, parts, fitting in (
+        (("tp",), f"{KEYS['tp']}={degrees.tp}", degrees.tp, ""),
+        (("tp", "dp_shard", "cp"), f"{shards} beside {KEYS['tp']}={degrees.tp}", degrees.fsdp, "a product that is "),
     ):
         if width // BLOCK % parts:
             yield (
                 ("optimizer.state_dtype", *(KEYS[key] for key in keys)),
-                f"{name} splits hidden_size={width} of {config.model.flavor} into parts that cut the blocks of {BLOCK} "
-                f'of optimizer.state_dtype="8bit" where weights are split over {KEYS["tp"]}={degrees.tp} too: use '
-                f'{fitting}, or optimizer.state_dtype="bfloat16"',
+                f"{split} cuts hidden_size={width} of {config.model.flavor} into parts that are no multiples of "
+                f'{BLOCK}, the blocks of optimizer.state_dtype="8bit": use {fitting}'
+                f'{choices(divisors(width // BLOCK))}, or optimizer.state_dtype="bfloat16"',
             )
 
 

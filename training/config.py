@@ -32,6 +32,18 @@ class Optimizer:
         "that make it an exact float32; stochastic rounds up or down by chance, right in the mean",
     ] = "remainder"
 
+    def describe(self, weights: str) -> str:
+        """Such as `AdamW, lr 0.001, 8bit means, bfloat16 weights with remainders`.
+
+        Args:
+            weights: their number format.
+        """
+        means = f", {self.state_dtype} means" if self.state_dtype != "float32" else ""
+        rounded = {"remainder": "with remainders", "stochastic": "rounded stochastically"}[self.bf16_rounding]
+        return f"{self.name}, lr {self.lr:g}{means}" + (
+            f", bfloat16 weights {rounded}" if weights == "bfloat16" else ""
+        )
+
 
 @dataclass(frozen=True)
 class LRScheduler:

@@ -217,6 +217,15 @@ def test_the_same_8_bits_however_rows_are_split():
     assert all(are_equal(found, alone) for found in run_ranks(update_blocks, 3))
 
 
+def test_what_a_run_says_of_it():
+    assert Optimizer(lr=1e-4).describe("float32") == "AdamW, lr 0.0001"
+    told = Optimizer(lr=1e-4, state_dtype="8bit").describe("bfloat16")
+    assert told == "AdamW, lr 0.0001, 8bit means, bfloat16 weights with remainders"
+    stochastic = Optimizer(bf16_rounding="stochastic")
+    assert stochastic.describe("bfloat16").endswith("bfloat16 weights rounded stochastically")
+    assert "weights" not in stochastic.describe("float32")
+
+
 def test_8_bits_without_torchao(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ValueError, match=r'optimizer\.state_dtype="8bit" needs torchao: install it with'):
