@@ -20,7 +20,7 @@ from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
 from checkpoint.exchange import DIFFUSERS_FOLDER, DIFFUSERS_STEM, open_weights
 from checkpoint.lazy import LazyTensor, cast_all, lazy_all
 from checkpoint.safetensors_file import write_safetensors, write_sharded
-from checkpoint.slices import Slices
+from checkpoint.slices import Part, Slices
 from checkpoint.steps import write_folder
 from config.job_config import JobConfig
 from flux.autoencoder import AutoencoderConfig, load_autoencoder
@@ -34,17 +34,21 @@ from flux.identify import check_fits
 from flux.model import FluxTransformer, init_weights
 from flux.pipeline_folder import save_pipeline_parts
 from flux.plans import make_plan
+from flux.rng import keyed_bits
 from flux.rules import AUTOENCODER_DIFFUSERS_RULES, LAYOUTS, Rule
 from flux.spec import SPECS, ModelSpec
 from flux.text_files import TensorSource
 from parallel.data_parallel import apply_frozen_fsdp
 from parallel.degrees import resolve_degrees
+from parallel.gradients import group_by_mesh
 from parallel.mesh import Layout, build_layout
-from parallel.parallelize import Techniques, parallelize
+from parallel.parallelize import Techniques, check_techniques, parallelize
 from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
 from runtime.hardware import find_accelerator
 from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
-from training.optimizer import optimizer_tensors
+from training.number_formats import merge, split_into
+from training.optimizer import build_optimizer as build_section_optimizer
+from training.optimizer import check_optimizer, find_remainders, optimizer_tensors
 from training.peaks import Peaks, measure_matmul
 
 log = logging.getLogger("train")
@@ -172,6 +176,22 @@ def compute_dtype(config: JobConfig) -> torch.dtype:
     return DTYPES[training.mixed_precision_param if training.dtype == "float32" else training.dtype]
 
 
+def build_optimizer(config: JobConfig, model: FluxTransformer) -> torch.optim.Optimizer:
+    """The optimizer of all weights of a model that has room for them."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+
+    def key(parameter: Tensor) -> int:
+        return keyed_bits(config.debug.seed or 0, "rounding", names[parameter]) >> 1
+
+    return build_section_optimizer(group_by_mesh(model.parameters()), config.optimizer, local_views, key)
+
+
+def check_machine(config: JobConfig, device_type: str) -> None:
+    """Raises ValueError for what this machine has not got."""
+    check_techniques(choose_techniques(config), device_type)
+    check_optimizer(config.optimizer)
+
+
 def build_checkpointer(config: JobConfig, folder: Path, layout: Layout) -> Checkpointer:
     """What saves and finds the checkpoints of a run; without checkpoints, it does neither."""
     section = config.checkpoint
@@ -181,24 +201,40 @@ def build_checkpointer(config: JobConfig, folder: Path, layout: Layout) -> Check
 
 
 def checkpoint_tensors(
-    model: FluxTransformer, optimizer: torch.optim.Optimizer | None, ema: Mapping[str, Tensor], to_save: bool
+    model: FluxTransformer,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor],
+    to_save: bool,
+    has_states: bool = True,
 ) -> dict[str, Slices]:
     """This rank's parts of all tensors of a checkpoint, by the names that they have in it. Without copies.
 
+    A weight whose remaining bits the optimizer keeps is there in float32, as a run of float32 weights has it.
+
     Args:
-        optimizer: None: its state is left out.
         ema: average of the weights by their names; may be empty.
         to_save: of the parts that several ranks hold, each is given by one of them only.
+        has_states: whether what the optimizer remembers is among them.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     names = {parameter: name for name, parameter in tensors.items()}
-    states = optimizer_tensors(optimizer, names) if optimizer else {}
+    remainders = find_remainders(optimizer, names)
+    states = optimizer_tensors(optimizer, names) if has_states else {}
     tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in states.items()}
     tensors |= {EMA_PREFIX + name: tensor for name, tensor in ema.items()}
-    return {
-        name: Slices.of_views(one.shape, one.dtype, local_views(one) if not to_save or is_saver(one, name) else [])
-        for name, one in tensors.items()
-    }
+    slices = {}
+    for name, tensor in tensors.items():
+        views = local_views(tensor) if not to_save or is_saver(tensor, name) else []
+        if name in remainders:
+            others = local_views(remainders[name])[: len(views)]
+            parts = [
+                Part(offsets, tuple(view.shape), partial(merge, view, other), partial(split_into, view, other))
+                for (offsets, view), (_, other) in zip(views, others, strict=True)
+            ]
+            slices[name] = Slices(tensor.shape, torch.float32, parts)
+        else:
+            slices[name] = Slices.of_views(tensor.shape, tensor.dtype, views)
+    return slices
 
 
 def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:

@@ -35,9 +35,12 @@ from parallel.degrees import Degrees
 from parallel.estimate import Links, WeightTraffic, local_numel, token_seconds
 from parallel.names import matches
 from runtime.hardware import Accelerator
+from training.compact_adam import has_blocks
+from training.config import BLOCK
 
-OPTIMIZER_STATES = 2  # running means of the gradient and of its square
+MOMENTS = 2  # running means of the gradient and of its square
 UPDATE_PASSES = 7  # an update reads weight, gradient and both states, and writes all but the gradient
+PACKING_BYTES = 150  # of traffic for each element, where what is stored is unpacked and packed again; an estimate
 # Of what links and matrix units are sold with, what programs get: 788 of an H200's 989 TFLOP/s.
 MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
 # How often a kept activation is written or read, its gradient included: by fused kernels, and by one kernel for each
@@ -126,6 +129,32 @@ def local_elements(transformer: TransformerConfig, degrees: Degrees) -> Elements
     return Elements(blocks, modulation, others)
 
 
+@cache
+def blocked_elements(transformer: TransformerConfig, degrees: Degrees) -> tuple[int, int]:
+    """Of the parameters whose running means may be kept in 8 bits, and the blocks of these; on rank 0."""
+    plan, elements, blocks = make_plan(transformer), 0, 0
+    for name, shape in parameter_shapes(transformer).items():
+        if has_blocks(shape):
+            elements += local_numel(name, shape, degrees, plan.column, plan.row)
+            blocks += local_numel(name, (shape[0], shape[1] // BLOCK), degrees, plan.column, plan.row)
+    return elements, blocks
+
+
+def optimizer_bytes(config: JobConfig, degrees: Degrees) -> int:
+    """Of what the optimizer keeps beside the weights, on rank 0: running means, and remainders of bfloat16 weights."""
+    section, transformer = config.optimizer, SPECS[config.model.flavor].transformer
+    elements = local_elements(transformer, degrees).total
+    remainders = 2 * elements if keeps_remainders(config) else 0
+    if section.state_dtype != "8bit":
+        return remainders + MOMENTS * elements * DTYPES[section.state_dtype].itemsize
+    blocked, blocks = blocked_elements(transformer, degrees)
+    return remainders + MOMENTS * (4 * (elements - blocked) + blocked + 4 * blocks)
+
+
+def keeps_remainders(config: JobConfig) -> bool:
+    return config.training.dtype == "bfloat16" and config.optimizer.bf16_rounding == "remainder"
+
+
 def is_stored(config: JobConfig) -> bool:
     """Whether the training data are encoded already."""
     names = [one.dataset for one in config.data.sources if one.weight] or [config.training.dataset]
@@ -193,7 +222,7 @@ def estimate_memory(config: JobConfig, degrees: Degrees, on_cpu: bool, encoders:
     together = max(together, sum(gradients) + _modulation_product_bytes(config, degrees))
     gathered = _gathered_bytes(config, degrees)
     frozen, encoding = _encoder_bytes(config, degrees, encoders), _encoding_bytes(config, encoders)
-    states, average = OPTIMIZER_STATES * elements * itemsize, 4 * elements if config.ema.enable else 0
+    states, average = optimizer_bytes(config, degrees), 4 * elements if config.ema.enable else 0
     standing = elements * itemsize + states + average
     host = sum(blocks_bytes(transformer, batch, kept)) if offloaded else 0
     if config.training.enable_cpu_offload:  # all of them, and gradients, are in the host's memory
@@ -297,7 +326,9 @@ def _memory_traffic(config: JobConfig, degrees: Degrees) -> float:
     each_pass = 2 * weights.gathers * weights.gathered + weights.gathered + 2 * weights.reduced + 3 * local * itemsize
     # Modulation is joined and read in both passes.
     each_pass += 2 * elements.modulation * (itemsize + 2 * compute_dtype(config).itemsize)
-    return training.accumulation(degrees.dp) * (activations + each_pass) + UPDATE_PASSES * local * itemsize
+    is_packed = training.dtype == "bfloat16" or config.optimizer.state_dtype != "float32"
+    update = (PACKING_BYTES if is_packed else UPDATE_PASSES * itemsize) * local
+    return training.accumulation(degrees.dp) * (activations + each_pass) + update
 
 
 def _weight_traffic(config: JobConfig, degrees: Degrees) -> WeightTraffic:

@@ -159,6 +159,10 @@ def _offload_states(config: JobConfig) -> tuple[str, JobConfig]:
     return "training.enable_cpu_offload=true", replace(config, training=section)
 
 
+def _store_in_8_bits(config: JobConfig) -> tuple[str, JobConfig]:
+    return 'optimizer.state_dtype="8bit"', replace(config, optimizer=replace(config.optimizer, state_dtype="8bit"))
+
+
 def _batch(config: JobConfig, samples: int, update: int) -> tuple[str, JobConfig]:
     section = replace(config.training, local_batch_size=samples, global_batch_size=update)
     told = f"training.local_batch_size={samples} with training.global_batch_size={update}"
@@ -166,7 +170,9 @@ def _batch(config: JobConfig, samples: int, update: int) -> tuple[str, JobConfig
 
 
 # By what they cost in time, and those of them that help before the first step too.
-_CHANGES: Sequence[Change] = (_encode_in_turn, _recompute, _offload_t5, _offload_activations, _offload_states)
+_CHANGES: Sequence[Change] = (
+    *(_encode_in_turn, _recompute, _store_in_8_bits, _offload_t5, _offload_activations, _offload_states),
+)
 _OF_WEIGHTS = (_offload_t5, _offload_states)
 
 

@@ -27,10 +27,11 @@ from build import (
     build_encoders,
     build_mllog,
     build_model,
+    build_optimizer,
     build_run_layout,
+    check_machine,
     check_shards,
     checkpoint_tensors,
-    choose_techniques,
     compute_dtype,
     draw_seed,
     export_weights,
@@ -60,9 +61,8 @@ from memory_advice import check_memory, out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
-from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
+from parallel.gradients import clip_grad_norm_, group_by_module
 from parallel.mesh import Layout, close_layout
-from parallel.parallelize import check_techniques
 from parallel.quantize import after_update
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from runtime import exit_codes
@@ -76,7 +76,7 @@ from training.ema import build_ema, update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger
-from training.optimizer import build_optimizer
+from training.optimizer import ExactWeights
 from training.plots import save_loss_curve
 from training.profiling import Profiler
 from training.step_timer import StepTimer
@@ -132,12 +132,13 @@ class FluxTrainer:
         dtype = str(self.dtype).removeprefix("torch.")
         log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
 
-        self.optimizer = build_optimizer(group_by_mesh(self.model.parameters()), config.optimizer)
+        self.optimizer = build_optimizer(config, self.model)
+        self.weights = ExactWeights(self.optimizer, dict(self.model.named_parameters()))
         self.ema = self._load(found)
         done = found.schedule_step if found else 0
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
-        log_stage(5, STAGES, "optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {warmup}")
+        log_stage(5, STAGES, "optimizer", f"{config.optimizer.describe(training.dtype)}, {warmup}")
 
         self.metrics: MetricsLogger | None = None  # on rank 0
         if layout.rank == 0:
@@ -161,14 +162,13 @@ class FluxTrainer:
 
     def _load(self, found: Found | None) -> dict[str, Tensor]:
         """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights."""
-        parameters = dict(self.model.named_parameters())
         ema: dict[str, Tensor] = {}
         if self.config.ema.enable and found and found.holds("ema"):
-            ema = build_ema(parameters)  # room for it
+            ema = build_ema(self.weights)  # room for it
         if found:
-            optimizer = self.optimizer if found.holds("optimizer") else None
-            self.checkpointer.load(found, checkpoint_tensors(self.model, optimizer, ema, to_save=False))
-        return ema or (build_ema(parameters) if self.config.ema.enable else {})
+            tensors = checkpoint_tensors(self.model, self.optimizer, ema, False, found.holds("optimizer"))
+            self.checkpointer.load(found, tensors)
+        return ema or (build_ema(self.weights) if self.config.ema.enable else {})
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
@@ -261,7 +261,7 @@ class FluxTrainer:
         self.step += 1
         if self.ema:
             with region("ema"):
-                update_ema(self.ema, dict(self.model.named_parameters()), self.config.ema.decay, self.step)
+                update_ema(self.ema, self.weights, self.config.ema.decay, self.step)
         self.cursor += self.update_size
         return loss, grad_norm
 
@@ -326,7 +326,7 @@ class FluxTrainer:
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
-            for name, tensors in (EXPORT_FILE, dict(self.model.named_parameters())), (EMA_EXPORT_FILE, self.ema):
+            for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
                 export_weights(self.config, self.layout, folder / name, self.step, tensors)
         if self.metrics:
             self.metrics.close()
@@ -352,7 +352,7 @@ def main(argv: list[str]) -> None:
         apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
-        check_techniques(choose_techniques(config), layout.device.type)
+        check_machine(config, layout.device.type)
         check_memory(config, layout)
         resumable = config.checkpoint.folder if config.checkpoint.enable else None
         claim = partial(claim_run_folder, config.job.dump_folder, resumable)

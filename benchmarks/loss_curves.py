@@ -19,10 +19,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from build import build_run_layout, choose_techniques
+from build import build_run_layout, check_machine
 from config.parse import load_config
 from parallel.mesh import Layout, close_layout
-from parallel.parallelize import check_techniques
 from runtime.exit_record import recorded_exit
 from train import EXIT_CODES, FluxTrainer
 
@@ -41,7 +40,7 @@ def train_curve(options: Sequence[str], layout: Layout | None, folder: Path) -> 
     """The loss of every step. The layout that the first run makes serves the others."""
     config = load_config([*DEFAULTS, *options], 1, quiet=True)
     layout = layout or build_run_layout(config, 1)
-    check_techniques(choose_techniques(config), layout.device.type)
+    check_machine(config, layout.device.type)
     folder.mkdir()
     trainer = FluxTrainer(config, folder, layout)
     batches = iter(trainer.loader)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import train
 from benchmarks.clock import Clock, Times, compare, measure
-from build import build_run_layout, choose_techniques, compute_dtype, measure_peaks
+from build import build_run_layout, check_machine, compute_dtype, measure_peaks
 from config.job_config import JobConfig
 from config.parse import load_config
 from estimate import estimate_memory, needed_encoders
@@ -53,7 +53,6 @@ from flux.inputs import make_inputs
 from flux.spec import SPECS
 from parallel.config import ActivationCheckpoint
 from parallel.mesh import Layout, close_layout
-from parallel.parallelize import check_techniques
 from parallel.shards import gather_state_dict, local_part
 from runtime.exit_record import recorded_exit
 from train import EXIT_CODES, FluxTrainer
@@ -177,7 +176,7 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
     layouts = {name: build_run_layout(config, world_size) for name, (config, _) in builds.items()}
     layout = layouts[UPDATE]
     for config, _ in builds.values():
-        check_techniques(choose_techniques(config), layout.device.type)
+        check_machine(config, layout.device.type)
     in_turns = [[name] for name in builds] if layout.device.type == "cuda" else [list(builds)]
     clock, times, predictions = Clock(layout.device), dict[str, Times](), dict[str, Tensor]()
     for names in in_turns:

@@ -45,6 +45,8 @@ def check_tensors(
             remedy = "use the flavor and the settings that it was made with"
         elif parts:
             remedy += f" with checkpoint.exclude_from_loading={','.join(parts)}"
+        if "optimizer" in parts and all("optimizer" in map(part_of, names) for names in (has, wanted)):
+            remedy = f"set optimizer.state_dtype as it was, or {remedy}"
         if names:
             raise ValueError(f"{path} {text} {_listed(names)}, unlike this run: {remedy}")
     for name, slices in wanted.items():
@@ -55,10 +57,13 @@ def check_tensors(
                 "use the flavor that it was made with"
             )
         if entry.properties.dtype != slices.dtype and not may_cast:
-            raise ValueError(
-                f"{path} has {name} in {_dtype(entry.properties.dtype)}, and this run in {_dtype(slices.dtype)}: set "
-                "training.dtype as it was, or start another run from it with checkpoint.initial_load_path"
-            )
+            remedy = "training.dtype and optimizer.bf16_rounding as they were, or start another run from it with"
+            remedy += " checkpoint.initial_load_path"
+            if part_of(name) == "optimizer":
+                remedy = "optimizer.state_dtype as it was, or let it start anew with "
+                remedy += "checkpoint.exclude_from_loading=optimizer"
+            formats = f"in {_dtype(entry.properties.dtype)}, and this run in {_dtype(slices.dtype)}"
+            raise ValueError(f"{path} has {name} {formats}: set {remedy}")
 
 
 def _dtype(dtype: object) -> str:

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -304,6 +304,9 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self.state_dict[read_item.dest_index.fqn].store(read_item.dest_index, read_item.dest_offsets, tensor)
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise ValueError(f"{read_item.storage_index.fqn} is not a tensor, and nothing else is loaded from a checkpoint")

@@ -19,11 +19,16 @@ from checkpoint.lazy import LazyTensor
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor: where it begins, its size, and how to get at its values."""
+    """A box of a tensor: where it begins, its size, and how to get at its values.
+
+    Args:
+        store: where `values` gives a copy: takes what has been loaded, and where in the box that begins.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     values: Callable[[], Tensor]
+    store: Callable[[Sequence[int], Tensor], None] | None = None
 
     def chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=torch.Size(self.sizes))
@@ -73,8 +78,16 @@ class Slices:
         return [part.chunk() for part in self._parts.values()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self._part(index).values()
+
+    def store(self, index: MetadataIndex, first: Sequence[int], values: Tensor) -> None:
+        """To be called with what has been loaded into a part, or into a box of it that begins at `first`."""
+        if (store := self._part(index).store) is not None:
+            store(first, values)
+
+    def _part(self, index: MetadataIndex) -> Part:
         assert index.offset is not None, index
-        return self._parts[tuple(index.offset)].values()
+        return self._parts[tuple(index.offset)]
 
 
 def _same(values: Tensor) -> Tensor:

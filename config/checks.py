@@ -11,6 +11,8 @@ from config.layout_checks import Finding, find_layout_faults, find_technique_fau
 from flux.config import DataLoader
 from flux.spec import PIXELS_PER_TOKEN, SPECS
 
+BFLOAT16_BETA2 = 0.99  # of 1 % a step; bfloat16 rounds to 0.8 %, and of 0.1 % nothing is left
+
 
 def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     """Combinations that cannot be trained as they stand, on `world_size` processes if that is known."""
@@ -29,6 +31,7 @@ def find_faults(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
 def find_doubts(config: JobConfig) -> Iterator[str]:
     """Combinations that train, but probably not as meant: each is a warning."""
     yield from _learning_rate(config)
+    yield from _optimizer_formats(config)
     yield from find_checkpoint_doubts(config)
     yield from find_data_doubts(config)
     training, validation = config.training, config.validation
@@ -122,6 +125,21 @@ def _learning_rate(config: JobConfig) -> Iterator[str]:
         yield (
             f"training.steps={steps} ends within lr_scheduler.warmup_steps={warmup}: "
             "the learning rate never reaches optimizer.lr"
+        )
+
+
+def _optimizer_formats(config: JobConfig) -> Iterator[str]:
+    section = config.optimizer
+    if section.bf16_rounding != "remainder" and config.training.dtype == "float32":
+        yield (
+            f'optimizer.bf16_rounding={show(section.bf16_rounding)} has no effect: training.dtype="float32" keeps all '
+            "digits of the weights"
+        )
+    if section.state_dtype == "bfloat16" and section.beta2 > BFLOAT16_BETA2:
+        yield (
+            f"optimizer.beta2={section.beta2:g} lets a mean of squares fall by less in a step than "
+            'optimizer.state_dtype="bfloat16" can tell, so it would hardly fall: '
+            f'use {BFLOAT16_BETA2:g} or less, or "8bit" or "float32"'
         )
 
 

@@ -9,6 +9,7 @@ from config.keys import show
 from flux.spec import PIXELS_PER_TOKEN, SPECS
 from parallel.config import FLOAT8, SIZE_MULTIPLE, parse_selective_option
 from parallel.degrees import KEYS, Degrees, choices, divisors, resolve_degrees
+from training.config import BLOCK
 
 # Names of the keys that a rule is about, and the message with key, value, rule and remedy.
 Finding = tuple[tuple[str, ...], str]
@@ -27,6 +28,7 @@ def find_layout_faults(config: JobConfig, world_size: int | None) -> Iterator[Fi
             yield from _float8_gather(config, degrees)
     yield from _heads(config, degrees)
     yield from _tokens(config, degrees)
+    yield from _states_in_8_bits(config, degrees)
     yield from _products_in_8_bits(config, degrees)
 
 
@@ -63,6 +65,25 @@ def _heads(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
             f"{config.model.flavor} where {KEYS['tp']}={degrees.tp} splits weights too: use degrees whose product "
             f"is {choices(divisors(width))}",
         )
+
+
+def _states_in_8_bits(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:
+    """Tensor parallel cuts the rows of some matrices, and FSDP then those of the others."""
+    width = SPECS[config.model.flavor].transformer.hidden_size
+    if config.optimizer.state_dtype != "8bit" or degrees.tp == 1 or width % BLOCK:
+        return
+    shards = f"{KEYS['dp_shard']}={degrees.dp_shard} x {KEYS['cp']}={degrees.cp}"
+    for keys, split, parts, fitting in (
+        (("tp",), f"{KEYS['tp']}={degrees.tp}", degrees.tp, ""),
+        (("tp", "dp_shard", "cp"), f"{shards} beside {KEYS['tp']}={degrees.tp}", degrees.fsdp, "a product that is "),
+    ):
+        if width // BLOCK % parts:
+            yield (
+                ("optimizer.state_dtype", *(KEYS[key] for key in keys)),
+                f"{split} cuts hidden_size={width} of {config.model.flavor} into parts that are no multiples of "
+                f'{BLOCK}, the blocks of optimizer.state_dtype="8bit": use {fitting}'
+                f'{choices(divisors(width // BLOCK))}, or optimizer.state_dtype="bfloat16"',
+            )
 
 
 def _tokens(config: JobConfig, degrees: Degrees) -> Iterator[Finding]:

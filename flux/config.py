@@ -178,7 +178,9 @@ class Training:
     ] = -1
     max_norm: Annotated[float, "gradients are scaled down to this norm when theirs is larger", "(0, inf)"] = 1.0
     steps: Annotated[int, "number of updates", "[1, inf)"] = 10_000
-    dtype: Annotated[Dtype, "number format in which weights and optimizer states are kept"] = "float32"
+    dtype: Annotated[Dtype, "number format of weights and gradients; the optimizer's is optimizer.state_dtype"] = (
+        "float32"
+    )
     mixed_precision_param: Annotated[Dtype, "number format in which the transformer computes"] = "bfloat16"
     mixed_precision_reduce: Annotated[
         Dtype, "number format in which gradients are summed over processes; bfloat16 halves what is sent"

@@ -105,19 +105,21 @@ def find_diffusers(case: Case) -> Iterator[Finding]:
 
 
 def find_torchao(case: Case) -> Iterator[Finding]:
-    """Is there what model.converters asks for?"""
+    """Is there what model.converters and optimizer.state_dtype ask for?"""
     from parallel.quantize import check_converters
+    from training.optimizer import check_optimizer
 
-    converters = case.config.model.converters
+    users = case.config.model.converters + ["8-bit states"] * (case.config.optimizer.state_dtype == "8bit")
     try:
-        check_converters(converters, case.config.quantize, _device_type())
+        check_converters(case.config.model.converters, case.config.quantize, _device_type())
+        check_optimizer(case.config.optimizer)
     except ValueError as error:
         found, _, fix = str(error).partition(": ")
         yield Finding("error", "torchao", found, fix)
         return
     installed = importlib.util.find_spec("torchao") is not None
-    text = version("torchao") if installed else "not installed: only model.converters needs it"
-    yield Finding("ok", "torchao", f"{text}, for {', '.join(converters)}" if converters else text)
+    text = version("torchao") if installed else "not installed: only 8-bit products and states need it"
+    yield Finding("ok", "torchao", f"{text}, for {', '.join(users)}" if users else text)
 
 
 def find_accelerator(case: Case) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
-from build import build_model, build_run_layout, compute_dtype
+from build import build_model, build_optimizer, build_run_layout, compute_dtype
 from config.job_config import JobConfig
 from config.parse import load_config, read_process_count
 from flux.batch import TextCond
@@ -27,14 +27,13 @@ from flux.plans import make_plan
 from flux.spec import PIXELS_PER_TOKEN, SPECS
 from parallel.collectives import CollectiveCounter
 from parallel.context_parallel import shard_sequence
-from parallel.gradients import clip_grad_norm_, group_by_mesh, group_by_module
+from parallel.gradients import clip_grad_norm_, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.names import find_modules
 from parallel.shards import local_bytes
 from runtime.exit_record import recorded_exit
 from runtime.log import setup_logging
 from train import EXIT_CODES
-from training.optimizer import build_optimizer
 
 GIB = 2**30
 
@@ -69,7 +68,7 @@ def take_dry_step(config: JobConfig, world_size: int) -> DryRun:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # tensors change their class
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            optimizer = build_optimizer(group_by_mesh(model.parameters()), config.optimizer)
+            optimizer = build_optimizer(config, model)
             inputs = make_empty_inputs(config, layout)
             plan = make_plan(spec.transformer)
             kept = {one for layer in find_modules(model, plan.modulation).values() for one in layer.parameters()}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+BLOCK = 256  # neighbors in a row of a matrix that share a scale in 8 bits
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -19,6 +21,28 @@ class Optimizer:
     implementation: Annotated[
         Literal["for-loop", "foreach", "fused"], "how the update is computed: fused is fastest, the numbers agree"
     ] = "fused"
+    state_dtype: Annotated[
+        Literal["float32", "bfloat16", "8bit"],
+        "number format in which the running means are kept; 8bit is of matrices whose rows are multiples of 256, the "
+        "rest stays float32",
+    ] = "float32"
+    bf16_rounding: Annotated[
+        Literal["remainder", "stochastic"],
+        "what becomes of the digits that a bfloat16 weight has no room for: remainder keeps them beside it, in 16 bits "
+        "that make it an exact float32; stochastic rounds up or down by chance, right in the mean",
+    ] = "remainder"
+
+    def describe(self, weights: str) -> str:
+        """Such as `AdamW, lr 0.001, 8bit means, bfloat16 weights with remainders`.
+
+        Args:
+            weights: their number format.
+        """
+        means = f", {self.state_dtype} means" if self.state_dtype != "float32" else ""
+        rounded = {"remainder": "with remainders", "stochastic": "rounded stochastically"}[self.bf16_rounding]
+        return f"{self.name}, lr {self.lr:g}{means}" + (
+            f", bfloat16 weights {rounded}" if weights == "bfloat16" else ""
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from training.spread import local, spread_like
 
 
 @torch.no_grad()
@@ -18,17 +19,9 @@ def build_ema(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A DTensor's average is a DTensor of the same layout, so that both are saved and loaded alike. What a rank holds
     of it is a plain tensor even where its part of the weight is of a subclass (torchao's float8 all-gather).
     """
-    averages: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        local = _local(parameter)
-        average = _copy(local, torch.float32)
-        if isinstance(parameter, DTensor):
-            mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-            average = DTensor.from_local(
-                average, mesh, placements, run_check=False, shape=shape, stride=parameter.stride()
-            )
-        averages[name] = average
-    return averages
+    return {
+        name: spread_like(parameter, _copy(local(parameter), torch.float32)) for name, parameter in parameters.items()
+    }
 
 
 def ema_decay(decay: float, step: int) -> float:
@@ -45,7 +38,7 @@ def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], deca
     moved = 1 - ema_decay(decay, step)
     for name, parameter in parameters.items():
         # In float32 also where the weights are in bfloat16, in which a small move would be rounded away.
-        _local(ema[name]).lerp_(_local(parameter).to(torch.float32), moved)
+        local(ema[name]).lerp_(local(parameter).to(torch.float32), moved)
 
 
 @contextmanager
@@ -60,7 +53,7 @@ def ema_weights(
         on_change: called each time the weights have changed: frees copies of them and computes anew what follows from
             them (whole weights that were gathered, float8 scales).
     """
-    own = {name: _copy(_local(parameter), parameter.dtype) for name, parameter in parameters.items()}
+    own = {name: _copy(local(parameter), parameter.dtype) for name, parameter in parameters.items()}
     try:
         _put(ema, parameters)
         on_change()
@@ -73,14 +66,10 @@ def ema_weights(
 @torch.no_grad()
 def _put(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        _local(parameter).copy_(_local(values[name]))
+        local(parameter).copy_(local(values[name]))
 
 
 @torch.no_grad()
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A plain copy on the same device, also of a subclass."""
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

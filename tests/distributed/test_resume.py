@@ -5,11 +5,15 @@ only of two.
 """
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.legs import ALL_ROWS, BF16, UPDATE, read_metrics, read_tensors, run_leg
+from checkpoint.compare import part_of
+from tests.distributed.legs import ALL_ROWS, BF16, OVERRIDES, SIZES, UPDATE, read_metrics, read_tensors, run_leg
+from tests.distributed.ranks import run_ranks
+from tests.integration.short_runs import resize_tiny
 
 STEPS = 40
 DTYPES = {"fp32": [], "bf16": BF16}
@@ -69,13 +73,6 @@ def test_three_legs_equal_a_straight_run(straight, pictures, tmp_path, world_siz
     assert differences(tmp_path, straight(world_size, *options)) == []
 
 
-def test_weights_in_bfloat16(straight, pictures, tmp_path):
-    options = [*shared_by(2), *BF16, "--training.dtype=bfloat16"]
-    for until in (7, None):
-        run_leg(tmp_path, 2, pictures, *options, steps=STEPS, until=until)
-    assert differences(tmp_path, straight(2, *options)) == []
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_control_a_run_that_forgets_something_differs(straight, pictures, tmp_path, part):
     options = shared_by(1)
@@ -83,3 +80,41 @@ def test_control_a_run_that_forgets_something_differs(straight, pictures, tmp_pa
     forgetful = f"--checkpoint.exclude_from_loading={part}"
     assert run_leg(tmp_path, 1, pictures, *options, forgetful, steps=STEPS).first_step == 30
     assert differences(tmp_path, straight(1, *options))
+
+
+def take_over(rank: int, world_size: int, folder: str, arguments: list[str]) -> None:
+    """One process loads the last checkpoint of a run and saves what it has then."""
+    from build import build_run_layout, checkpoint_tensors
+    from checkpoint.dcp import save_checkpoint
+    from config.parse import load_config
+    from train import FluxTrainer
+
+    resize_tiny(**SIZES)
+    config = load_config([*arguments, f"--training.steps={STEPS}"], 1, quiet=True)
+    trainer = FluxTrainer(config, Path(folder), build_run_layout(config, 1))
+    assert trainer.step == STEPS
+    tensors = checkpoint_tensors(trainer.model, trainer.optimizer, trainer.ema, to_save=True)
+    save_checkpoint(Path(folder) / "taken", tensors, {}, None)
+
+
+def test_number_formats_of_the_optimizer(straight, pictures, tmp_path):
+    """Weights, remainders, 8-bit codes and scales come back to the bit, and go on on one process as they were."""
+    pytest.importorskip("torchao")
+    options = [*shared_by(2), *BF16, "--training.dtype=bfloat16", "--optimizer.state_dtype=8bit"]
+    for until in (7, None):
+        run_leg(tmp_path, 2, pictures, *options, steps=STEPS, until=until)
+    assert differences(tmp_path, straight(2, *options)) == []
+    tensors = read_tensors(tmp_path / "checkpoint" / f"step-{STEPS}")
+    assert any(name.endswith("exp_avg_codes") and tensor.any() for name, tensor in tensors.items())
+    weights = {name: tensor for name, tensor in tensors.items() if part_of(name) == "model"}
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+    run_ranks(take_over, 1, str(tmp_path), [*OVERRIDES, pictures, *shared_by(1), *options[2:]])
+    taken = read_tensors(tmp_path / "taken")
+    assert taken.keys() == tensors.keys() and all(torch.equal(taken[name], tensors[name]) for name in tensors)
+
+
+def test_stochastic_rounding(straight, pictures, tmp_path):
+    options = [*shared_by(2), *BF16, "--training.dtype=bfloat16", "--optimizer.bf16_rounding=stochastic"]
+    for until in (7, None):
+        run_leg(tmp_path, 2, pictures, *options, steps=STEPS, until=until)
+    assert differences(tmp_path, straight(2, *options)) == []

@@ -34,6 +34,7 @@ def test_a_remedy_saves_what_the_configuration_with_it_takes_less() -> None:
         "activation_checkpoint.cpu_offload",
         "training.local_batch_size",
         "training.enable_cpu_offload",
+        "optimizer.state_dtype",
         SHARD,
     }
     before = estimate_memory(config, Degrees(), False, {}).peak
@@ -41,6 +42,7 @@ def test_a_remedy_saves_what_the_configuration_with_it_takes_less() -> None:
         (found["activation_checkpoint.mode"], ["--activation_checkpoint.mode=full"]),
         (found["training.local_batch_size"], ["--training.local_batch_size=32", "--training.global_batch_size=64"]),
         (found["training.enable_cpu_offload"], ["--training.enable_cpu_offload=true"]),
+        (found["optimizer.state_dtype"], ["--optimizer.state_dtype=8bit"]),
     ):
         after = estimate_memory(config_of("--training.local_batch_size=64", *options), Degrees(), False, {}).peak
         assert remedy.saves == before - after > 0
@@ -92,6 +94,7 @@ def test_what_would_not_help_is_not_named() -> None:
     assert "enable_cpu_offload" not in names(
         find_remedies(config_of("--training.enable_cpu_offload"), Degrees(), "cuda", {})
     )
+    assert "state_dtype" not in names(find_remedies(config_of("--optimizer.state_dtype=8bit"), Degrees(), "cuda"))
     half = config_of("--activation_checkpoint.mode=full", "--activation_checkpoint.ratio=0.5")
     assert "activation_checkpoint.ratio=1" in names(find_remedies(half, Degrees(), "cuda", {}))
     recomputed = config_of("--activation_checkpoint.mode=full")

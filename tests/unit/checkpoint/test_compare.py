@@ -69,5 +69,14 @@ def test_shapes_must_agree():
 def test_number_formats_must_agree_unless_the_weights_are_another_runs():
     other = wants(*NAMES, dtype=torch.bfloat16)
     text = refusal(has(*NAMES), other)
-    assert "in float32, and this run in bfloat16" in text and "training.dtype" in text
+    assert "in float32, and this run in bfloat16" in text and "set training.dtype and optimizer.bf16" in text
     check_tensors(PATH, has(*NAMES), other, [], may_cast=True)
+
+
+def test_another_number_format_of_the_optimizer_is_named():
+    remedy = "set optimizer.state_dtype as it was, or let it start anew with checkpoint.exclude_from_loading=optimizer"
+    codes = (NAMES[0], f"{NAMES[1]}_codes", f"{NAMES[1]}_scales", NAMES[2])
+    for some, others in ((NAMES, codes), (codes, NAMES)):
+        assert refusal(has(*some), wants(*others)).endswith(f"unlike this run: {remedy}")
+    other = wants(NAMES[0], NAMES[2]) | wants(NAMES[1], dtype=torch.bfloat16)
+    assert f"has {NAMES[1]} in float32, and this run in bfloat16: {remedy}" in refusal(has(*NAMES), other)

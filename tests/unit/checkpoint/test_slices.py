@@ -6,7 +6,7 @@ from torch import Tensor
 
 from checkpoint.dcp import load_checkpoint, open_checkpoint, read_train_state, save_checkpoint, save_weights
 from checkpoint.lazy import LazyTensor, lazy
-from checkpoint.slices import Slices
+from checkpoint.slices import Part, Slices
 
 FULL = torch.arange(96.0).reshape(12, 8)
 # Partitions of it into boxes: (offsets, sizes).
@@ -75,3 +75,24 @@ def test_copies_do_not_follow():
     for at, part in copies._parts.items():
         assert torch.equal(part.values(), FULL[at[0] : at[0] + part.sizes[0]])
     assert copies.shape == FULL.shape
+
+
+@pytest.mark.parametrize("saved", PARTITIONS)
+@pytest.mark.parametrize("loaded", PARTITIONS)
+def test_what_is_loaded_into_a_copy_is_stored(tmp_path, saved, loaded):
+    """Any box of a part may come from another file."""
+    save_checkpoint(tmp_path / "step-1", {"a": parts(FULL, saved)}, {"step": 1}, None)
+    halves = torch.zeros(12, 8), torch.zeros(12, 8)
+
+    def part(at, size) -> Part:
+        views = [half[at[0] : at[0] + size[0], at[1] : at[1] + size[1]] for half in halves]
+
+        def store(first, values) -> None:
+            for view in views:
+                view[first[0] : first[0] + values.shape[0], first[1] : first[1] + values.shape[1]] = values / 2
+
+        return Part(at, size, lambda: views[0] + views[1], store)
+
+    slices = Slices(FULL.shape, FULL.dtype, [part(at, size) for at, size in PARTITIONS[loaded]])
+    load_checkpoint(tmp_path / "step-1", {"a": slices})
+    assert torch.equal(halves[0], FULL / 2) and torch.equal(halves[1], FULL / 2)

@@ -75,6 +75,14 @@ DOUBTS = [
         "training.steps=100 ends within lr_scheduler.warmup_steps=200",
     ),
     (
+        "--optimizer.bf16_rounding=stochastic",
+        'optimizer.bf16_rounding="stochastic" has no effect: training.dtype="float32" keeps',
+    ),
+    (
+        "--optimizer.state_dtype=bfloat16 --optimizer.beta2=0.999",
+        "optimizer.beta2=0.999 lets a mean of squares fall by less in a step than",
+    ),
+    (
         "--checkpoint.interval_minutes=30",
         "checkpoint.interval_minutes=30.0 has no effect without checkpoint.enable=true",
     ),
@@ -99,6 +107,8 @@ DOUBTS = [
     ),
 ]
 FINE = [
+    "--training.dtype=bfloat16 --optimizer.bf16_rounding=stochastic --optimizer.state_dtype=8bit",
+    "--optimizer.state_dtype=bfloat16 --optimizer.beta2=0.99",
     "--training.img_size=32 --training.global_batch_size=24 --training.dataset=imagefolder --training.dataset_path=x",
     "--validation.dataset=imagefolder",  # validation is off
     "--validation.enable --training.dataset=imagefolder --training.dataset_path=x",  # a part of it is held back

@@ -18,6 +18,21 @@ FLOAT8 = "--quantize.linear.float8"
 # Options, number of processes, the complete message.
 FAULTS = [
     (
+        f"--model.flavor=flux-schnell --optimizer.state_dtype=8bit {TP}=8",
+        8,
+        "parallelism.tensor_parallel_degree=8 cuts hidden_size=3072 of flux-schnell into parts that are no multiples "
+        'of 256, the blocks of optimizer.state_dtype="8bit": use 1, 2, 3, 4, 6 or 12, or '
+        'optimizer.state_dtype="bfloat16"',
+    ),
+    (
+        f"--model.flavor=flux-schnell --optimizer.state_dtype=8bit {TP}=2 {SHARD}=4 {CP}=2",
+        16,
+        "parallelism.data_parallel_shard_degree=4 x parallelism.context_parallel_degree=2 beside "
+        "parallelism.tensor_parallel_degree=2 cuts hidden_size=3072 of flux-schnell into parts that are no multiples "
+        'of 256, the blocks of optimizer.state_dtype="8bit": use a product that is 1, 2, 3, 4, 6 or 12, or '
+        'optimizer.state_dtype="bfloat16"',
+    ),
+    (
         f"{TP}=3",
         3,
         "parallelism.tensor_parallel_degree=3 must divide num_heads=8 of flux-tiny: use 1, 2, 4 or 8",
@@ -204,6 +219,9 @@ FAULTS = [
     ),
 ]
 FINE = [
+    (f"--model.flavor=flux-schnell --optimizer.state_dtype=8bit {TP}=4 {SHARD}=6", 24),
+    (f"--model.flavor=flux-schnell --optimizer.state_dtype=8bit {SHARD}=7", 7),
+    (f"--model.flavor=flux-schnell --optimizer.state_dtype=bfloat16 {TP}=8", 8),
     (f"{TP}=8", 8),
     (f"{CP}=8", 8),
     (f"{CP}=16 {METHOD}=allgather", 16),

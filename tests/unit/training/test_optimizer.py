@@ -3,16 +3,21 @@
 import pytest
 import torch
 
+from parallel.shards import local_views
 from training.config import Optimizer
 from training.optimizer import build_optimizer, optimizer_tensors
 
 ROUNDING = 1e-6  # the implementations order their fp32 operations differently
 
 
+def no_key(parameter: torch.Tensor) -> int:
+    raise AssertionError("nothing is rounded stochastically")
+
+
 def train(section: Optimizer, steps: int = 20) -> torch.Tensor:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8)
-    optimizer = build_optimizer(layer.parameters(), section)
+    optimizer = build_optimizer([list(layer.parameters())], section, local_views, no_key)
     for _ in range(steps):
         optimizer.zero_grad()
         layer(torch.randn(4, 8)).square().mean().backward()
@@ -40,7 +45,7 @@ def build_pair(section: Optimizer):
     """A model of two groups of parameters and its optimizer."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
-    optimizer = build_optimizer([list(layer.parameters()) for layer in model], section)
+    optimizer = build_optimizer([list(layer.parameters()) for layer in model], section, local_views, no_key)
     return model, optimizer, {parameter: name for name, parameter in model.named_parameters()}
 
 
