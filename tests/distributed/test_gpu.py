@@ -262,9 +262,12 @@ def test_offloaded_activations_leave_the_gpu(tmp_path):
 
 def train_to_the_bit(rank: int, world_size: int, folder: str, options: tuple[str, ...]) -> tuple[list[float], float]:
     """The loss of each of a few steps, with a pass without gradients in between, and a sum over all weights."""
+    from parallel.data_parallel import reshard
     from train import FluxTrainer, build_run_layout
+    from training.determinism import apply_determinism
 
-    config = load_config([*DEBUG, BF16, "--debug.deterministic", *options], world_size)
+    apply_determinism(True, False)
+    config = load_config([*DEBUG, BF16, *options], world_size)
     trainer = FluxTrainer(config, Path(folder), build_run_layout(config, world_size))
     batches, losses = iter(trainer.loader), []
     for step in range(12):
@@ -272,6 +275,7 @@ def train_to_the_bit(rank: int, world_size: int, folder: str, options: tuple[str
         if step == 8:  # as in validation
             with torch.no_grad():
                 trainer.squared_errors(*trainer.ahead.encode(next(batches)))
+            reshard(trainer.model)
     weights = sum(parameter.detach().double().abs().sum() for parameter in trainer.model.parameters())
     return losses, float(full_number(weights))
 

@@ -16,6 +16,7 @@ REPLICATE = "--parallelism.data_parallel_replicate_degree={}".format
 CP = "--parallelism.context_parallel_degree={}".format
 TP = "--parallelism.tensor_parallel_degree={}".format
 METHOD = "--parallelism.context_parallel_method={}".format
+ATTENTION = "--model.attention_backend={}".format
 BATCH = "--training.local_batch_size={}".format
 RECOMPUTE = "--activation_checkpoint.mode={}".format
 
@@ -70,6 +71,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         (CP(2), RECOMPUTE("selective"), "--activation_checkpoint.selective_ac_option=op"),
     ),
     "tp 2, recompute full": (2, (TP(2), RECOMPUTE("full"))),
+    "cp 2, math": (2, (CP(2), ATTENTION("math"))),
+    "cp 2 allgather, math, compile": (
+        2,
+        (CP(2), METHOD("allgather"), ATTENTION("math"), "--compile.enable", "--compile.backend=aot_eager"),
+    ),
     "compile": (1, ("--compile.enable",)),
     "fsdp 2, compile": (2, (BATCH(4), "--compile.enable", "--compile.backend=aot_eager")),
     "cp 2, compile": (2, (CP(2), "--compile.enable", "--compile.backend=aot_eager")),
