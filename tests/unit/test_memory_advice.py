@@ -94,7 +94,7 @@ def test_what_would_not_help_is_not_named() -> None:
     assert "enable_cpu_offload" not in names(
         find_remedies(config_of("--training.enable_cpu_offload"), Degrees(), "cuda", {})
     )
-    assert "state_dtype" not in names(find_remedies(config_of("--optimizer.state_dtype=8bit"), Degrees(), "cuda"))
+    assert "state_dtype" not in names(find_remedies(config_of("--optimizer.state_dtype=8bit"), Degrees(), "cuda", {}))
     half = config_of("--activation_checkpoint.mode=full", "--activation_checkpoint.ratio=0.5")
     assert "activation_checkpoint.ratio=1" in names(find_remedies(half, Degrees(), "cuda", {}))
     recomputed = config_of("--activation_checkpoint.mode=full")
