@@ -156,6 +156,7 @@ def test_buckets_do_not_change_the_numbers(monkeypatch):
 def test_a_parameter_without_gradient_stays():
     pair = [nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = build_optimizer([pair], Optimizer(lr=0.1), local_views, lambda _: 0)
+    optimizer.step()
     pair[0].grad = torch.ones_like(pair[0])
     optimizer.step()
     assert not torch.equal(pair[0], torch.ones(2, 8)) and torch.equal(pair[1], torch.ones(2, 8))
