@@ -209,6 +209,7 @@ def test_memory_budget_is_between_full_and_compiled(double: bool) -> None:
         (2, (*BF16_WEIGHTS, "--optimizer.bf16_rounding=stochastic", "--optimizer.state_dtype=bfloat16")),
         (1, ("--optimizer.state_dtype=bfloat16",)),
         (3, ("--optimizer.state_dtype=8bit",)),
+        (6, ("--optimizer.state_dtype=8bit", "--model.flavor=flux-debug", "--parallelism.tensor_parallel_degree=2")),
         (8, (*BF16_WEIGHTS, "--optimizer.state_dtype=8bit", "--parallelism.data_parallel_replicate_degree=2")),
     ],
 )
