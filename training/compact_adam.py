@@ -122,7 +122,8 @@ class CompactAdam(torch.optim.Optimizer):
                     of_weights = [part.of(weights[part.parameter]) for part in parts]
                     of_gradients = [part.of(gradients[part.parameter]) for part in parts]
                     self._update(group, parts, of_weights, of_gradients)
-            torch._foreach_add_([self.state[parameter]["step"] for parameter in held], 1)
+            if held:
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in held], 1)
 
     def _update(
         self, group: dict[str, Any], parts: list[_Part], weights: list[Tensor], gradients: list[Tensor]

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from parallel.gradients import group_by_mesh
 from parallel.shards import copy_full_, full_tensor, local_views
+from parallel.tensor_parallel import apply_tensor_parallel, fsdp_placement
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import Layers, build_layers, make_full
 from training import compact_adam
@@ -156,6 +157,7 @@ def test_buckets_do_not_change_the_numbers(monkeypatch):
 def test_a_parameter_without_gradient_stays():
     pair = [nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = build_optimizer([pair], Optimizer(lr=0.1), local_views, lambda _: 0)
+    optimizer.step()
     pair[0].grad = torch.ones_like(pair[0])
     optimizer.step()
     assert not torch.equal(pair[0], torch.ones(2, 8)) and torch.equal(pair[1], torch.ones(2, 8))
@@ -192,10 +194,26 @@ def update_layout(rank: int, world: int) -> list[dict[str, np.ndarray]]:
     return [update_all(build_layers("fsdp_2_tp_2").bfloat16(), section) for section in SPREAD]
 
 
+class Blocks(nn.Module):
+    """Of matrices, which stay whole on 3 ranks of FSDP (7 rows: 3, 3, 1), and on 2 beside tensor parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(2 * BLOCK, 7)
+        self.packed_rows = nn.Linear(2 * BLOCK, 3 * 4)
+        self.packed_columns = nn.Linear(5 * 2 * BLOCK, 4)
+
+
 def update_blocks(rank: int, world: int) -> list[dict[str, np.ndarray]]:
-    layers = nn.Sequential(nn.Linear(2 * BLOCK, 7)).bfloat16()  # 7 rows over 3 ranks: 3, 3, 1
-    if world > 1:
-        fully_shard(layers, mesh=init_device_mesh("cpu", (world,)))
+    with torch.device("meta"):
+        layers = Blocks().bfloat16()
+    if world == 3:
+        fully_shard(layers, mesh=init_device_mesh("cpu", (3,)))
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        apply_tensor_parallel(layers, mesh["tp"], {"packed_rows": 3}, {"packed_columns": 5}, [])
+        fully_shard(layers, mesh=mesh["fsdp"], shard_placement_fn=fsdp_placement)
+    layers.to_empty(device="cpu")
     return [update_all(layers, section) for section in (BLOCKS, SPREAD[1])]
 
 
@@ -211,10 +229,11 @@ def test_the_same_bits_however_a_parameter_is_spread():
     assert all(are_equal(found, alone) for found in run_ranks(update_layout, 4))
 
 
-def test_the_same_8_bits_however_rows_are_split():
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_the_same_8_bits_however_matrices_are_split(ranks):
     pytest.importorskip("torchao")
     alone = update_blocks(0, 1)
-    assert all(are_equal(found, alone) for found in run_ranks(update_blocks, 3))
+    assert all(are_equal(found, alone) for found in run_ranks(update_blocks, ranks))
 
 
 def test_what_a_run_says_of_it():
