@@ -40,7 +40,7 @@ def apply_modulation_parallel(
     All ranks of fsdp must call the model with equally many samples.
 
     Args:
-        model: on the meta device.
+        model: on the meta device or materialized.
         layers: patterns of names of the linear layers; none: nothing changes.
         product: name of the parameter-free module that is called (x_BD, linear layers) and gives the output of each.
         mesh: 2-D, dp_replicate x fsdp.
@@ -102,10 +102,8 @@ class StationaryLinears(nn.Module):
         runs = [(width, len(list(run))) for width, run in groupby(outputs)]
         pieces = parts.split([self._rows(width) * count for width, count in runs], dim=-1)
         for (width, count), piece in zip(runs, pieces, strict=True):
-            by_layer = (
-                piece.unflatten(-1, (count, -1)).permute(2, 1, 0, 3).flatten(2)
-            )  # [layers, B, outputs and padding]
-            yield from by_layer[..., :width].unbind()
+            by_layer = piece.unflatten(-1, (count, -1)).permute(2, 1, 0, 3).flatten(2)
+            yield from by_layer[..., :width].unbind()  # without the rows that only fill up
 
 
 class _Join(torch.autograd.Function):
@@ -122,15 +120,14 @@ class _Join(torch.autograd.Function):
         joined = torch.empty(sum(rows), *parts[0].shape[1:], dtype=owner.param_dtype, device=device)
         places = joined.split(rows)
         for place, length in zip(places, ctx.lengths, strict=True):
-            place[length:] = 0
+            place[length:] = 0  # a NaN there would reach the gradient of the inputs
         torch._foreach_copy_([place[: len(part)] for place, part in zip(places, parts, strict=True)], parts)
         return joined
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        owner: StationaryLinears = ctx.owner
-        if owner.copies.size > 1:
-            gradient = owner.copies.sum(gradient.to(owner.reduce_dtype))
+        if ctx.owner.copies.size > 1:
+            gradient = ctx.owner.copies.sum(gradient.to(ctx.owner.reduce_dtype))
         places = gradient.to(ctx.like).split(ctx.rows)
         return None, None, None, *(place[:length] for place, length in zip(places, ctx.lengths, strict=True))
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +19,7 @@ from parallel.collectives import CollectiveCounter
 from parallel.compile import apply_compile
 from parallel.config import ActivationCheckpoint, Compile
 from tests.distributed.ranks import run_ranks
-from tests.unit.parallel.tiny_model import Result, blocks_of, build_tiny, largest_distance, make_inputs, run
+from tests.unit.parallel.tiny_model import Result, blocks_of, build_tiny, largest_distance, make_inputs, run, shard
 
 EXACT = 0.0  # the same kernels on the same numbers, only later
 SHARDED = 1e-6  # fp32 rounding: ranks add up their samples' gradients in another order
@@ -217,11 +216,7 @@ def _sharded(rank: int, world_size: int) -> dict[str, float]:
     answers = {}
     for name, section in {"full": FULL, "operators": OPERATORS}.items():
         model = build(section)
-        mesh = init_device_mesh("cpu", (world_size,))
-        for module in (*blocks_of(model), model):
-            fully_shard(module, mesh=mesh)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        shard(model, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp_replicate", "fsdp")), torch.float32)
         own = run(model, {name: value[rank : rank + 1] for name, value in make_inputs().items()})
         whole = Result(expected().velocity_BTC[rank : rank + 1], expected().gradients)
         full = Result(own.velocity_BTC, {n: p.full_tensor() for n, p in own.gradients.items()})

@@ -16,9 +16,8 @@ from flux.plans import make_plan
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.collectives import CollectiveCounter
 from parallel.compile import apply_compile
-from parallel.config import MX, ActivationCheckpoint, Compile, Float8, Parallelism, Quantize, QuantizeLinear
-from parallel.data_parallel import apply_fsdp, reshard
-from parallel.modulation_parallel import apply_modulation_parallel
+from parallel.config import MX, ActivationCheckpoint, Compile, Float8, Quantize, QuantizeLinear
+from parallel.data_parallel import reshard
 from parallel.quantize import FLOAT8, MXFP8, after_update, apply_converters, check_converters
 from parallel.shards import copy_full_, full_tensor
 from tests.distributed.ranks import run_ranks
@@ -30,6 +29,7 @@ from tests.unit.parallel.tiny_model import (
     distance,
     largest_distance,
     make_inputs,
+    shard,
 )
 from tests.unit.parallel.tiny_model import run as run_model
 
@@ -166,9 +166,7 @@ def _build_sharded(recipe: str, section: Quantize, ranks: int) -> FluxTransforme
     apply_converters(model, [converter], section, PLAN.quantized, PLAN.precise_weight_gradients)
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world // ranks, 1, ranks), mesh_dim_names=("alone", "dp_replicate", "fsdp"))
-    data, dtypes = mesh["dp_replicate", "fsdp"], (torch.bfloat16, torch.float32)
-    stationary = apply_modulation_parallel(model, PLAN.modulation, PLAN.modulation_product, data, *dtypes)
-    apply_fsdp(model, blocks_of(model), data, Parallelism(), *dtypes, False, stationary)
+    shard(model, mesh["dp_replicate", "fsdp"], torch.bfloat16)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), build_tiny().parameters(), strict=True):

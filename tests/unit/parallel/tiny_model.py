@@ -4,10 +4,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from flux.model import FluxTransformer
+from flux.plans import make_plan
 from flux.positions import image_ids
 from flux.spec import SPECS, PositionConfig
+from parallel.config import Parallelism
+from parallel.data_parallel import apply_fsdp
+from parallel.modulation_parallel import apply_modulation_parallel
 
 CONFIG = SPECS["flux-tiny"].transformer
 BATCH, ROWS, COLUMNS, LENGTH = 2, 4, 8, 32  # token counts are multiples of 32, as 8-bit products want them
@@ -34,6 +39,13 @@ def fill(model: nn.Module) -> None:
 
 def blocks_of(model: FluxTransformer) -> list[nn.Module]:
     return [*model.double_blocks, *model.single_blocks]
+
+
+def shard(model: FluxTransformer, mesh: DeviceMesh, param_dtype: torch.dtype) -> None:
+    """As parallelize does; the mesh is dp_replicate x fsdp."""
+    plan, dtypes = make_plan(CONFIG), (param_dtype, torch.float32)
+    stationary = apply_modulation_parallel(model, plan.modulation, plan.modulation_product, mesh, *dtypes)
+    apply_fsdp(model, blocks_of(model), mesh, Parallelism(), *dtypes, False, stationary)
 
 
 def make_inputs(columns: int = COLUMNS) -> dict[str, Tensor]:
