@@ -194,7 +194,8 @@ def test_activations_in_the_hosts_memory(
     config = configure(*options, "--activation_checkpoint.cpu_offload")
     tracked, transformer = track(config), SPECS[config.model.flavor].transformer
     itemsize = 4 if precision == FLOAT32 else 2
-    gradients = [itemsize * count for count in local_elements(transformer, Degrees())]
+    local = local_elements(transformer, Degrees())
+    gradients = [itemsize * count for count in (*local.blocks, local.modulation + local.others)]
     batch = local_batch(config, Degrees(), on_cpu=True)
     peak = peak_bytes(transformer, batch, *kept_levels(config), gradients, offloaded=True)
     assert peak == pytest.approx(tracked.peak, rel=OFFLOADED_TOLERANCE)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from parallel import activation_offload
 from parallel.activation_checkpoint import apply_activation_checkpoint
@@ -16,7 +15,16 @@ from parallel.compile import apply_compile
 from parallel.config import Compile
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.test_activation_checkpoint import EAGER, EXACT, NONE, SHARDED, expected
-from tests.unit.parallel.tiny_model import CONFIG, Result, blocks_of, build_tiny, largest_distance, make_inputs, run
+from tests.unit.parallel.tiny_model import (
+    CONFIG,
+    Result,
+    blocks_of,
+    build_tiny,
+    largest_distance,
+    make_inputs,
+    run,
+    shard,
+)
 
 MODES = {"none": NONE, **EAGER}
 # What mode "operators" keeps without a compiler is not with autograd, and stays: it is refused with offload.
@@ -125,11 +133,7 @@ def test_what_compiled_blocks_keep_travels(mode, journey):
 def _sharded(rank: int, world_size: int, backend: str) -> tuple[float, int, int]:
     activation_offload.save_on_cpu = Journey
     model = build(backend=backend)
-    mesh = init_device_mesh("cpu", (world_size,))
-    for module in (*blocks_of(model), model):
-        fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    shard(model, init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp_replicate", "fsdp")), torch.float32)
     own = run(model, {name: value[rank : rank + 1] for name, value in make_inputs().items()})
     whole = Result(expected().velocity_BTC[rank : rank + 1], expected().gradients)
     full = Result(own.velocity_BTC, {name: one.full_tensor() for name, one in own.gradients.items()})
