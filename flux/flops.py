@@ -20,8 +20,8 @@ def forward_flops(config: TransformerConfig, image_tokens: int, text_tokens: int
     per_token = D * 3 * D + D * D + D * mlp_in + inner * D
     attention = 2 * tokens * tokens * D  # logits, and the weighted sum of values: full, not causal
     blocks = (config.depth + config.depth_single) * (tokens * per_token + attention)
-    if config.depth_single:  # the last block's second layer leaves the text out
-        blocks -= text_tokens * (D + inner) * D
+    if config.depth_single:  # the last block leaves the text out of its MLP and of its second layer
+        blocks -= text_tokens * (mlp_in + D + inner) * D
     ends = D * (image_tokens * 2 * config.in_channels + text_tokens * config.context_dim)
     double, single = (1, 1) if config.shared_modulation else (config.depth, config.depth_single)
     modulation = D * D * (double * 2 * 6 + single * 3 + 2)

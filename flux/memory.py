@@ -184,7 +184,8 @@ def _single_block(config: TransformerConfig, batch: LocalBatch, block: Block) ->
     D, tp, item = config.hidden_size, batch.tensor_parallel, batch.itemsize
     read = batch.image_tokens / batch.tokens if block is Block.LAST else 1  # share of the tokens that come out
     yield _Kept(Keep.INPUTS, D, item)
-    yield _Kept(Keep.PRODUCTS, (3 * D + _mlp_in(config)) / tp + read * D, item)  # out of linear1 and linear2
+    mlp_in = _mlp_in(config) * (read if tp == 1 else 1)  # a part of linear1 computes all that it can
+    yield _Kept(Keep.PRODUCTS, (3 * D + mlp_in) / tp + read * D, item)  # out of linear1 and linear2
     if tp > 1:
         yield _Kept(Keep.PRODUCTS, read * D, item, last=Keep.PRODUCTS)
     yield _Kept(Keep.COMPILED, D + read * (D + mlp_width(config)) / tp, item)  # modulated, into linear2

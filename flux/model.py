@@ -103,7 +103,7 @@ class FluxTransformer(nn.Module):
             img_BTD, txt_BLD = block(img_BTD, txt_BLD, pair, rotary, mask_BS)
         x_BSD = torch.cat((txt_BLD, img_BTD), dim=1)
         for block, modulation in zip(self.single_blocks, single, strict=True):
-            # Of the last block nobody reads the text, which costs it a quarter of its products at half the tokens.
+            # Of the last block nobody reads the text: three eighths of its products where that is half of the tokens.
             unread = txt_BLD.shape[1] if block is self.single_blocks[-1] else 0
             x_BSD = block(x_BSD, modulation, rotary, mask_BS, unread)
         return self.final_layer(x_BSD[:, -img_BTD.shape[1] :], vec_BD)
@@ -206,14 +206,25 @@ class SingleBlock(nn.Module):
         `modulation` may be vec_BD, of which the block makes its own.
         """
         mod = self.modulation(modulation)[0] if isinstance(modulation, Tensor) else modulation
-        fused = self.linear1(modulate(self.pre_norm(x_BSD), mod))
-        # Shares of what is there, not fixed widths: under tensor parallelism a rank holds a part of each.
-        qkv, mlp = fused.split([fused.shape[-1] * width // sum(self.widths) for width in self.widths], dim=-1)
+        qkv, mlp = self.project(modulate(self.pre_norm(x_BSD), mod), unread)
         q_BSNK, k_BSNK, v_BSNK = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q_BSNK, k_BSNK = self.norm(q_BSNK, k_BSNK)
         attn_BSNK = self.attention(rotate(q_BSNK, rotary), rotate(k_BSNK, rotary), v_BSNK, mask_BS)
-        y_BSD = self.linear2(torch.cat((attn_BSNK[:, unread:].flatten(2), self.mlp_act(mlp[:, unread:])), dim=-1))
+        y_BSD = self.linear2(torch.cat((attn_BSNK[:, unread:].flatten(2), self.mlp_act(mlp)), dim=-1))
         return add_gated(x_BSD[:, unread:], mod, y_BSD)
+
+    def project(self, x_BSD: Tensor, unread: int) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values of all tokens, and what goes into the MLP of those after `unread`."""
+        linear, width = self.linear1, self.widths[0]
+        if unread and type(linear) is nn.Linear:  # what may be in its place cannot make some of its outputs alone
+            fused = linear(x_BSD[:, unread:])
+            bias = None if linear.bias is None else linear.bias[:width]
+            qkv = F.linear(x_BSD[:, :unread], linear.weight[:width], bias)
+            return torch.cat((qkv, fused[..., :width]), dim=1), fused[..., width:]
+        fused = linear(x_BSD)
+        # Shares of what is there, not fixed widths: under tensor parallelism a rank holds a part of each.
+        qkv, mlp = fused.split([fused.shape[-1] * width // sum(self.widths) for width in self.widths], dim=-1)
+        return qkv, mlp[:, unread:]
 
 
 class FinalLayer(nn.Module):

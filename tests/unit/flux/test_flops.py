@@ -77,9 +77,9 @@ def test_attention_matters_at_the_tested_size(config):
 
 @pytest.mark.parametrize("image_tokens, text_tokens, teraflop", [(256, 256, 20.42), (4096, 512, 223.2)])
 def test_published_figures(image_tokens, text_tokens, teraflop):
-    """They count the text in the last layer too, which nobody reads and which is not computed here."""
+    """They count the whole way of the text through the last block, of which most is not computed here."""
     config = SPECS["flux-schnell"].transformer
-    left_out = 3 * 2 * text_tokens * 5 * config.hidden_size**2
+    left_out = 3 * 2 * text_tokens * 9 * config.hidden_size**2
     flops = training_flops(config, image_tokens, text_tokens) + left_out
     assert round(flops / 1e12, 2 if teraflop < 100 else 1) == teraflop
 
