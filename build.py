@@ -31,7 +31,8 @@ from flux.data.build import RunData, find_data_change
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS, Encoders
 from flux.identify import check_fits
-from flux.model import FluxTransformer, init_weights
+from flux.initialization import init_weights
+from flux.model import FluxTransformer
 from flux.pipeline_folder import save_pipeline_parts
 from flux.plans import make_plan
 from flux.rng import keyed_bits

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flux.initialization import init_weights
 from flux.model import (
     Attention,
     FluxTransformer,
     SingleBlock,
-    init_weights,
     rotary_table,
     rotate,
     time_features,
