@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.tiny_model import Result, blocks_of, build_tiny, largest_distance, make_inputs, run, shard
 
 EXACT = 0.0  # the same kernels on the same numbers, only later
-SHARDED = 1e-6  # fp32 rounding: ranks add up their samples' gradients in another order
+SHARDED = 2e-6  # fp32 rounding: ranks add up gradients of samples in another order; most in the few weights of a norm
 NONE = ActivationCheckpoint(mode="none")
 FULL = ActivationCheckpoint(mode="full")
 HALF = ActivationCheckpoint(mode="full", ratio=0.5)
@@ -146,7 +146,8 @@ def test_what_is_kept_and_what_is_repeated():
         return calls[name]["mm"] + calls[name]["addmm"] - calls["none"]["mm"] - calls["none"]["addmm"]
 
     attention = {name: calls[name]["_scaled_dot_product_flash_attention_for_cpu"] for name in calls}
-    assert products("full") == 2 * products("half") > 0
+    # Of six blocks the last is in either, and its first layer is two products: only one of them makes the text's part.
+    assert products("full") - 1 == 2 * (products("half") - 1) > 0
     assert attention == {"none": 0, "full": 6, "half": 3, "second": 3, "operators": 0}
     assert products("operators") == 0
     assert calls["operators"]["gelu"] > calls["none"]["gelu"]  # the rest is repeated

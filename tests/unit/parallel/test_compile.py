@@ -132,9 +132,10 @@ def test_unknown_backend():
     check_compiler(TRACED, "cpu")
 
 
-def test_missing_compiler_on_cpu(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+.*compile.backend=aot_eager"):
+def test_missing_compiler_on_cpu():
+    # Its own patch: pytest's leaves a setting of the compiler behind as one that does not exist.
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+.*compile.backend=aot_eager"):
         check_compiler(GENERATED, "cpu")
     check_compiler(TRACED, "cpu")
 
