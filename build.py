@@ -30,6 +30,7 @@ from flux.config import Encoder
 from flux.data.build import RunData, find_data_change
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS, Encoders
+from flux.flops import training_flops, with_unit
 from flux.identify import check_fits
 from flux.initialization import init_weights
 from flux.model import FluxTransformer
@@ -118,6 +119,16 @@ def build_model(config: JobConfig, spec: ModelSpec, layout: Layout) -> FluxTrans
         model = FluxTransformer(spec.transformer).to(DTYPES[config.training.dtype])
     parallelize(model, make_plan(spec.transformer), layout, choose_techniques(config))
     return model
+
+
+def describe_model(config: JobConfig, spec: ModelSpec, model: FluxTransformer) -> str:
+    """One line for the log."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = training_flops(spec.transformer, config.training.img_tokens, config.encoder.max_t5_encoding_len)
+    dtype = str(compute_dtype(config)).removeprefix("torch.")
+    recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
+    cost = f"{with_unit(flops)}FLOP per training sample"
+    return f"{spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}"
 
 
 def choose_techniques(config: JobConfig) -> Techniques:

@@ -33,6 +33,7 @@ from build import (
     check_shards,
     checkpoint_tensors,
     compute_dtype,
+    describe_model,
     draw_seed,
     export_weights,
     find_start,
@@ -52,7 +53,7 @@ from flux.data.build import Deal, build_training_loader, build_validation_loader
 from flux.data.errors import DataError
 from flux.data.tokenizers import build_tokenizer
 from flux.encode_ahead import EncodeAhead
-from flux.flops import training_flops, with_unit
+from flux.flops import training_flops
 from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
@@ -126,11 +127,7 @@ class FluxTrainer:
         start_weights(config, self.spec, self.model, layout, found)
         self.loss = compile_loss(squared_errors, config.compile)
         self.run_micro_batch = CudaGraph(self.add_gradients) if config.compile.cuda_graph else self.add_gradients
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        cost = f"{with_unit(self.sample_flops(training.img_tokens))}FLOP per training sample"
-        recompute = f"recompute {config.activation_checkpoint.mode}, compile {'on' if config.compile.enable else 'off'}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        log_stage(4, STAGES, "model", f"{self.spec.name} {parameters:,} parameters, {cost}, {dtype}, {recompute}")
+        log_stage(4, STAGES, "model", describe_model(config, self.spec, self.model))
 
         self.optimizer = build_optimizer(config, self.model)
         self.weights = ExactWeights(self.optimizer, dict(self.model.named_parameters()))

@@ -1,6 +1,17 @@
-"""What accelerators can do, as their makers say: plain data for plans and for shares of the peak. No torch here."""
+"""What accelerators can do, as their makers say: plain data for plans and for shares of the peak; and CPU cores to use.
 
+No torch here.
+"""
+
+import os
 from dataclasses import dataclass
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may run on: a container or a job system may give it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from config.job_config import JobConfig
 from config.parse import ConfigError, parse, read_process_count
 from flux.text_folders import resolve_clip, resolve_t5
 from runtime import exit_codes
+from runtime.hardware import usable_cores
 from runtime.requirements import OLDEST_PYTHON, check_requirement, read_requirements, release
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def find_accelerator(case: Case) -> Iterator[Finding]:
     driver = _ask_nvidia("driver_version")
     if not torch.cuda.is_available():
         if not driver:
-            yield Finding("ok", "GPU", f"none: torch {torch.__version__} computes on {os.cpu_count()} CPU cores")
+            yield Finding("ok", "GPU", f"none: torch {torch.__version__} computes on {usable_cores()} CPU cores")
         elif torch.version.cuda is None:
             fix = "install the CUDA build of the same version of torch"
             yield Finding("error", "GPU", f"there is one, and torch {torch.__version__} is built for CPUs", fix)
@@ -345,22 +346,18 @@ def _file_system(place: Path) -> str:
 
 def _saved_bytes(config: JobConfig) -> tuple[int, str]:
     """What a run will have on disk at most, and how that comes about."""
-    import torch
+    from build import DTYPES
+    from estimate import optimizer_bytes, parameter_count
+    from parallel.degrees import Degrees
 
-    from flux.model import FluxTransformer
-    from flux.spec import SPECS
-
-    with torch.device("meta"):
-        model = FluxTransformer(SPECS[config.model.flavor].transformer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = getattr(torch, config.training.dtype).itemsize
-    section = config.checkpoint
-    export = parameters * getattr(torch, section.export_dtype).itemsize
+    section, parameters = config.checkpoint, parameter_count(config)
+    export = parameters * DTYPES[section.export_dtype].itemsize
     exports = export * (1 + config.ema.enable + section.last_save_in_hf)
     if not section.enable:
         return exports, f"the weights at the end take {exports / GIB:,.2f} GiB"
-    # Weights, two moments of AdamW in the same format, and the average of the weights in fp32.
-    one = parameters * (3 * size + (4 if config.ema.enable else 0))
+    # Weights with their remainders, the optimizer's running means, and the average of the weights in fp32.
+    one = parameters * (DTYPES[config.training.dtype].itemsize + (4 if config.ema.enable else 0))
+    one += optimizer_bytes(config, Degrees())
     saves = config.training.steps // section.interval
     # A new one is complete before the oldest goes.
     kept = min(saves, section.keep_latest_k + 1) if section.keep_latest_k else saves

@@ -22,6 +22,7 @@ from pathlib import Path
 from config.parse import ConfigError, load_config, read_process_count
 from runtime import exit_codes
 from runtime.exit_record import RECORD_VARIABLE
+from runtime.hardware import usable_cores
 
 GRACE_SECONDS = 30  # torchrun kills a rank that has not ended this long after the first failure
 # The reasons of a rank count more than the signals that other ranks die of; a traceback may only be their consequence.
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     if processes == 1:
         os.execv(sys.executable, [sys.executable, "train.py", *argv])
     # The products of one process would otherwise take all cores from the others.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     return run(processes, argv)
 
 

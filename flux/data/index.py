@@ -208,7 +208,7 @@ def _make(path: Path, before: Index | None, kind: Kind, urls: Sequence[str], dat
         _Scans([urls[number] for number in todo], kind.scan),
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=min(data.index_workers, len(todo), len(os.sched_getaffinity(0))) if len(todo) > 1 else 0,
+        num_workers=min(data.index_workers, len(todo), os.cpu_count() or 1) if len(todo) > 1 else 0,
         generator=torch.Generator(),  # NOTE: without one it draws from the global generator
     )
     found = tqdm(loader, f"indexing {kind.name}", len(todo), unit="file", disable=None if show_progress else True)

@@ -41,17 +41,9 @@ QWEN_IMAGE = TransformerConfig(context_dim=3584, pooled_dim=None, depth=60, dept
 
 
 def build_flux1(config: TransformerConfig) -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_dim,
-        pooled_projection_dim=config.pooled_dim,
-        guidance_embeds=config.guidance_embed,
-        axes_dims_rope=config.axes_dim,
-    )
+    from benchmarks.diffusers_peer import build_peer  # needs diffusers, which may be missing
+
+    return build_peer(config)
 
 
 def build_flux2(config: TransformerConfig) -> nn.Module:

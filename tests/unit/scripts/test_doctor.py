@@ -167,6 +167,24 @@ def test_room_for_checkpoints(monkeypatch):
         assert finding.level == level and f"3 checkpoints of {12 * parameters / GIB:,.2f} GiB" in finding.found
 
 
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "rounding", "size"),
+    [
+        ("float32", "bfloat16", "remainder", 8),
+        ("bfloat16", "float32", "remainder", 12),
+        ("bfloat16", "bfloat16", "stochastic", 6),
+    ],
+)
+def test_a_checkpoint_in_fewer_bytes_takes_less_room(dtype, state_dtype, rounding, size):
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in FluxTransformer(DEV).parameters())
+    options = ["--model.flavor=flux-dev", "--encoder.t5_encoder=x", "--checkpoint.enable", "--ema.enable=false"]
+    formats = [f"--training.dtype={dtype}", f"--optimizer.state_dtype={state_dtype}"]
+    formats += [f"--optimizer.bf16_rounding={rounding}", "--training.mixed_precision_param=bfloat16"]
+    finding = only(doctor.find_disk(case(*options, *formats)))
+    assert f"checkpoints of {size * parameters / GIB:,.2f} GiB" in finding.found
+
+
 def test_a_check_that_fails_itself_ends_nothing(monkeypatch):
     def find_trouble(case):
         raise OSError("no such\ndevice")
