@@ -40,7 +40,9 @@ from training.config import BLOCK
 
 MOMENTS = 2  # running means of the gradient and of its square
 UPDATE_PASSES = 7  # an update reads weight, gradient and both states, and writes all but the gradient
-PACKING_BYTES = 150  # of traffic for each element, where what is stored is unpacked and packed again; an estimate
+# Of traffic for each element, where weights or means are unpacked and packed again, by the format of the means: counted
+# from the operations of training/compact_adam.py and training/number_formats.py.
+PACKING_BYTES = {"float32": 100, "bfloat16": 125, "8bit": 220}
 # Of what links and matrix units are sold with, what programs get: 788 of an H200's 989 TFLOP/s.
 MATMUL_SHARE, LINK_SHARE = 0.8, 0.75
 # How often a kept activation is written or read, its gradient included: by fused kernels, and by one kernel for each
@@ -327,7 +329,7 @@ def _memory_traffic(config: JobConfig, degrees: Degrees) -> float:
     # Modulation is joined and read in both passes.
     each_pass += 2 * elements.modulation * (itemsize + 2 * compute_dtype(config).itemsize)
     is_packed = training.dtype == "bfloat16" or config.optimizer.state_dtype != "float32"
-    update = (PACKING_BYTES if is_packed else UPDATE_PASSES * itemsize) * local
+    update = (PACKING_BYTES[config.optimizer.state_dtype] if is_packed else UPDATE_PASSES * itemsize) * local
     return training.accumulation(degrees.dp) * (activations + each_pass) + update
 
 

@@ -1,13 +1,11 @@
 """Adam and AdamW that keep weights and running means in numbers of fewer bits than they compute with.
 
-A step takes a bucket of parts at a time, makes float32 of what is stored, has torch's own implementation do the update,
-and stores the result. So torch's numbers are changed by the storing alone, and little more than what is stored is in
-memory.
+An update makes float32 of what is stored of a part, has torch's own implementation do its work, and stores the result.
+So torch's numbers are changed by the storing alone, and little more than what is stored is in memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from training.spread import local, spread_like
 FUNCTIONS: dict[str, Callable[..., None]] = {"AdamW": adamw, "Adam": adam}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of the running means of the gradient and of its square
 CODES, SCALES, REMAINDER = "_codes", "_scales", "remainder"
-BUCKET = 2**23  # elements that are dealt with together, and up to as many more; 40 bytes each, for a moment
+# Elements that are dealt with together, with up to 40 bytes each for a moment: many, which keep a GPU busy, or as many
+# as the caches of a CPU hold, which takes half the time there.
+PART, CPU_PART = 2**23, 2**19
 
 Boxes = Callable[[Tensor], list[tuple[tuple[int, ...], Tensor]]]
 
@@ -31,16 +31,14 @@ Boxes = Callable[[Tensor], list[tuple[tuple[int, ...], Tensor]]]
 class _Part:
     """Some rows of one of the boxes of a parameter that this rank holds."""
 
-    parameter: nn.Parameter
     box: int
     rows: slice
     first: tuple[int, int]  # row and column in the whole parameter; a vector is one row
-    shape: tuple[int, int]
     state: dict[str, Tensor]  # views
 
-    def of(self, views: Sequence[tuple[Any, Tensor]]) -> Tensor:
+    def of(self, boxes: Sequence[tuple[Any, Tensor]]) -> Tensor:
         """Its values among those of all boxes."""
-        return _as_matrix(views[self.box][1])[self.rows]
+        return _as_matrix(boxes[self.box][1])[self.rows]
 
 
 class CompactAdam(torch.optim.Optimizer):
@@ -49,7 +47,7 @@ class CompactAdam(torch.optim.Optimizer):
     Its state is there from the start, all zero.
 
     Args:
-        groups: parameters that one call of a fused or foreach implementation can take together.
+        groups: parameters that one call of a foreach implementation can take together.
         section: [optimizer].
         boxes: of a tensor, what this rank holds of it: where each box begins in the whole, and a view of its values.
         key: of a parameter, 63 bits for the noise of stochastic rounding, other ones in each run.
@@ -62,11 +60,11 @@ class CompactAdam(torch.optim.Optimizer):
         defaults = {name: getattr(section, name) for name in names} | {"betas": (section.beta1, section.beta2)}
         super().__init__([{"params": group} for group in groups], defaults)
         self._section, self._boxes, self._key = section, boxes, key
-        self._eight_bit: dict[torch.device, tuple[EightBit, EightBit]] = {}  # for the two means
+        self._formats: dict[torch.device, dict[str, EightBit]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = self._make_state(parameter)
-        self._buckets = [list(self._make_buckets(group["params"])) for group in self.param_groups]
+        self._parts = {parameter: list(self._cut(parameter)) for parameter in self.state}
 
     def _make_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         held, section = local(parameter), self._section
@@ -87,59 +85,42 @@ class CompactAdam(torch.optim.Optimizer):
         on_device = section.implementation == "fused"  # as torch has it
         return state | {"step": torch.zeros((), device=held.device if on_device else "cpu")}
 
-    def _make_buckets(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[_Part]]:
-        """Parts of one format and device, in the order of the parameters."""
-        kinds: dict[Any, list[_Part]] = {}
-        for parameter in parameters:
-            state = {name: value for name, value in self.state[parameter].items() if value.dim()}
-            kind = (tuple(state), local(parameter).device)
-            kinds.setdefault(kind, []).extend(self._cut(parameter, state))
-        for parts in kinds.values():
-            ends = accumulate(part.shape[0] * part.shape[1] for part in parts)
-            for _, bucket in groupby(zip(parts, ends, strict=True), lambda one: one[1] // BUCKET):
-                yield [part for part, _ in bucket]
-
-    def _cut(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator[_Part]:
-        boxes = {name: self._boxes(value) for name, value in state.items()}
+    def _cut(self, parameter: Tensor) -> Iterator[_Part]:
+        boxes = {name: self._boxes(value) for name, value in self.state[parameter].items() if value.dim()}
         for box, (offsets, view) in enumerate(self._boxes(parameter)):
             height, width = _as_matrix(view).shape
-            count = max(1, BUCKET // width)
+            count = max(1, (CPU_PART if view.device.type == "cpu" else PART) // width)
             for start in range(0, height, count):
                 rows = slice(start, min(start + count, height))
                 first = ((0, *offsets)[-2] + start, offsets[-1])
-                views = {name: _as_matrix(values[box][1])[rows] for name, values in boxes.items()}
-                yield _Part(parameter, box, rows, first, (rows.stop - start, width), views)
+                state = {name: _as_matrix(values[box][1])[rows] for name, values in boxes.items()}
+                yield _Part(box, rows, first, state)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient; does not wait for the device."""
-        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            held = [parameter for parameter in group["params"] if parameter.grad is not None]
-            weights = {parameter: self._boxes(parameter) for parameter in held}
-            gradients = {parameter: self._boxes(parameter.grad) for parameter in held}
-            for bucket in buckets:
-                if parts := [part for part in bucket if part.parameter in weights]:
-                    of_weights = [part.of(weights[part.parameter]) for part in parts]
-                    of_gradients = [part.of(gradients[part.parameter]) for part in parts]
-                    self._update(group, parts, of_weights, of_gradients)
+        for group in self.param_groups:
+            held = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
+            for parameter, gradient in held:
+                weights, gradients = self._boxes(parameter), self._boxes(gradient)
+                for part in self._parts[parameter]:
+                    self._update(group, parameter, part, part.of(weights), part.of(gradients))
             if held:
-                torch._foreach_add_([self.state[parameter]["step"] for parameter in held], 1)
+                torch._foreach_add_([self.state[parameter]["step"] for parameter, _ in held], 1)
 
     def _update(
-        self, group: dict[str, Any], parts: list[_Part], weights: list[Tensor], gradients: list[Tensor]
+        self, group: Mapping[str, Any], parameter: Tensor, part: _Part, weight: Tensor, gradient: Tensor
     ) -> None:
-        """Computes with all parts of a bucket in one row of numbers each: of weights, of gradients, of both means."""
-        sizes = [weight.numel() for weight in weights]
-        steps = torch.stack([self.state[part.parameter]["step"] for part in parts])
-        means = [self._unpack(moment, parts) for moment in MOMENTS]
-        exact = _join(weights)
-        exact = merge(exact, _stored(parts, REMAINDER)) if REMAINDER in parts[0].state else exact.float()
-        rows = [values.split(sizes) for values in (exact, _join(gradients).float(), *means)]
+        state, step = part.state, self.state[parameter]["step"]
+        exact = merge(weight, state[REMAINDER]) if REMAINDER in state else weight.float().contiguous()
+        means = [self._unpack(moment, state) for moment in MOMENTS]
         beta1, beta2 = group["betas"]
         FUNCTIONS[self._section.name](
-            *rows,
+            [exact],
+            [gradient.float().contiguous()],
+            *([mean] for mean in means),
             [],
-            steps.clone().unbind(),
+            [step.clone()],
             foreach=self._section.implementation == "foreach",
             fused=self._section.implementation == "fused",
             amsgrad=False,
@@ -150,40 +131,36 @@ class CompactAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for moment, values in zip(MOMENTS, means, strict=True):
-            self._pack(moment, parts, values)
-        if REMAINDER in parts[0].state:
+        for moment, mean in zip(MOMENTS, means, strict=True):
+            self._pack(moment, state, mean)
+        if REMAINDER in state:
             exact, remainder = split(exact)
-            _store(remainder, [part.state[REMAINDER] for part in parts])
-        elif weights[0].dtype == torch.bfloat16:
-            exact = round_stochastically(exact, self._make_noise(parts, steps, exact.device))
-        _store(exact, weights)
+            _store(remainder, state[REMAINDER])
+        elif weight.dtype == torch.bfloat16:
+            # Of the run, the step, the parameter and the element's place in it, so the same however it is spread.
+            key = mix(step.long()) + self._key(parameter)
+            noise = make_noise(key, parameter.shape[-1], part.first, (*weight.shape,), weight.device)
+            exact = round_stochastically(exact, noise)
+        _store(exact, weight)
 
-    def _unpack(self, moment: str, parts: list[_Part]) -> Tensor:
-        if moment in parts[0].state:
-            return _stored(parts, moment).float()
-        codes, scales = _stored(parts, moment + CODES), _stored(parts, moment + SCALES)
+    def _unpack(self, moment: str, state: Mapping[str, Tensor]) -> Tensor:
+        if moment in state:
+            return state[moment].float().contiguous()
+        codes, scales = state[moment + CODES], state[moment + SCALES]
         return self._format(moment, codes.device).unpack(codes, scales)
 
-    def _pack(self, moment: str, parts: list[_Part], values: Tensor) -> None:
-        packed = [values] if moment in parts[0].state else self._format(moment, values.device).pack(values)
-        kinds = [moment] if moment in parts[0].state else [moment + CODES, moment + SCALES]
-        for kind, numbers in zip(kinds, packed, strict=True):
-            _store(numbers, [part.state[kind] for part in parts])
+    def _pack(self, moment: str, state: Mapping[str, Tensor], mean: Tensor) -> None:
+        if moment in state:
+            _store(mean, state[moment])
+        else:
+            codes, scales = self._format(moment, mean.device).pack(mean)
+            _store(codes, state[moment + CODES])
+            _store(scales, state[moment + SCALES])
 
     def _format(self, moment: str, device: torch.device) -> EightBit:
-        if device not in self._eight_bit:
-            self._eight_bit[device] = EightBit(True, device), EightBit(False, device)
-        return self._eight_bit[device][MOMENTS.index(moment)]
-
-    def _make_noise(self, parts: list[_Part], steps: Tensor, device: torch.device) -> Tensor:
-        """Of the run, the step, the parameter and the element's place in it, so the same however it is spread."""
-        return _join(
-            [
-                make_noise(step + self._key(part.parameter), part.parameter.shape[-1], part.first, part.shape, device)
-                for part, step in zip(parts, mix(steps.long()).unbind(), strict=True)
-            ]
-        )
+        if device not in self._formats:
+            self._formats[device] = {name: EightBit(name == MOMENTS[0], device) for name in MOMENTS}
+        return self._formats[device][moment]
 
     def exact(self, parameter: nn.Parameter) -> Tensor:
         """A parameter in float32, with the bits that its own number format has no room for; spread as it is."""
@@ -203,14 +180,6 @@ def _as_matrix(view: Tensor) -> Tensor:
     return view if view.dim() == 2 else view[None]
 
 
-def _join(views: list[Tensor]) -> Tensor:
-    return torch.cat([view.reshape(-1) for view in views])
-
-
-def _stored(parts: list[_Part], kind: str) -> Tensor:
-    return _join([part.state[kind] for part in parts])
-
-
-def _store(values: Tensor, views: list[Tensor]) -> None:
-    pieces = values.split([view.numel() for view in views])
-    torch._foreach_copy_(views, [piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)])
+def _store(values: Tensor, place: Tensor) -> None:
+    if values is not place:  # else it was updated there
+        place.copy_(values)

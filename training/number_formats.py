@@ -104,12 +104,13 @@ class EightBit:
         self.lowest = 0 if signed else 1
 
     def pack(self, exact: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 -> uint8 codes of the same shape [n * BLOCK], and the float32 scales of all blocks, [n]."""
-        blocks = exact.view(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1)
+        """Float32 -> uint8 codes of the same shape [..., n * BLOCK], and the float32 scales of all blocks, [..., n]."""
+        blocks = exact.unflatten(-1, (-1, BLOCK))
+        scales = blocks.abs().amax(dim=-1)
         # torchao searches in 16 passes over 64-bit numbers what this finds in one.
-        codes = torch.bucketize(blocks / scales.clamp(min=1e-30)[:, None], self.limits, out_int32=True, right=True)
-        return codes.clamp_(min=self.lowest).to(torch.uint8).view(-1), scales
+        codes = torch.bucketize(blocks / scales.clamp(min=1e-30)[..., None], self.limits, out_int32=True, right=True)
+        return codes.clamp_(min=self.lowest).to(torch.uint8).flatten(-2), scales
 
     def unpack(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return self.values.index_select(0, codes.int()).view(-1, BLOCK).mul_(scales[:, None]).view(-1)
+        values = self.values.index_select(0, codes.int().flatten()).view(codes.shape)
+        return values.unflatten(-1, (-1, BLOCK)).mul_(scales[..., None]).flatten(-2)

@@ -143,13 +143,13 @@ def test_noise_is_of_the_step_the_parameter_and_the_seed():
     assert not torch.equal(moves[0][0], moves[0][1]) and not torch.equal(moves[0][0], moves[1][0])
 
 
-def test_buckets_do_not_change_the_numbers(monkeypatch):
+def test_the_size_of_parts_does_not_change_the_numbers(monkeypatch):
     sections = [Optimizer(lr=1e-3, bf16_rounding="stochastic"), Optimizer(lr=1e-3)]
     whole = [weights_of(train(torch.bfloat16, section, 5)[0]) for section in sections]
-    monkeypatch.setattr(compact_adam, "BUCKET", 1100)
+    monkeypatch.setattr(compact_adam, "CPU_PART", 1100)
     model, optimizer = train(torch.bfloat16, sections[0], 5)
-    (buckets,) = optimizer._buckets
-    assert len(buckets) > 10 and all(sum(p.shape[0] * p.shape[1] for p in bucket) <= 2200 for bucket in buckets)
+    first, *_ = model.parameters()
+    assert [part.rows.stop - part.rows.start for part in optimizer._parts[first]] == [2] * 18 + [1]
     assert torch.equal(weights_of(model), whole[0])
     assert torch.equal(weights_of(train(torch.bfloat16, sections[1], 5)[0]), whole[1])
 
