@@ -83,9 +83,14 @@ def module_problem(module: str, arguments: list[str]) -> str | None:
 
 
 def settings_in(arguments: list[str]) -> list[str]:
-    """The `--section.key value` pairs among a script's arguments."""
-    names = [place for place, word in enumerate(arguments) if re.match(r"--\w+\.", word)]
-    return [word for place in names for word in arguments[place : place + (1 if "=" in arguments[place] else 2)]]
+    """The `--section.key value` pairs, and keys without a value, among a script's arguments."""
+    found, takes_value = [], False
+    for word in arguments:
+        is_key = re.match(r"--\w+\.", word) is not None
+        if is_key or (takes_value and not word.startswith("--")):
+            found.append(word)
+        takes_value = is_key and "=" not in word
+    return found
 
 
 def options(path: Path) -> set[str]:
