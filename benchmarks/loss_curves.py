@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from build import build_run_layout, check_machine
 from config.parse import load_config
 from parallel.mesh import Layout, close_layout
@@ -45,7 +47,8 @@ def train_curve(options: Sequence[str], layout: Layout | None, folder: Path) -> 
     trainer = FluxTrainer(config, folder, layout)
     batches = iter(trainer.loader)
     # Read at the end: a device need not be waited for at every step.
-    losses = [trainer.train_step(batches)[0] for _ in range(config.training.steps)]
+    steps = tqdm(range(config.training.steps), unit="step", disable=None if layout.rank == 0 else True)
+    losses = [trainer.train_step(batches)[0] for _ in steps]
     return [loss.item() for loss in losses], layout
 
 
