@@ -112,7 +112,7 @@ class CompactAdam(torch.optim.Optimizer):
         self, group: Mapping[str, Any], parameter: Tensor, part: _Part, weight: Tensor, gradient: Tensor
     ) -> None:
         state, step = part.state, self.state[parameter]["step"]
-        exact = merge(weight, state[REMAINDER]) if REMAINDER in state else weight.float().contiguous()
+        exact = (merge(weight, state[REMAINDER]) if REMAINDER in state else weight.float()).contiguous()
         means = [self._unpack(moment, state) for moment in MOMENTS]
         beta1, beta2 = group["betas"]
         FUNCTIONS[self._section.name](

@@ -164,6 +164,19 @@ def test_a_parameter_without_gradient_stays():
     assert [optimizer.state[parameter]["step"].item() for parameter in pair] == [1, 0]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_parameter_that_lies_transposed_gets_the_same_bits(implementation):
+    values, gradient = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pair = [nn.Parameter(values.clone()), nn.Parameter(values.t().contiguous().t())]
+    for parameter in pair:
+        optimizer = build_optimizer(
+            [[parameter]], Optimizer(lr=0.1, implementation=implementation), local_views, lambda _: 0
+        )
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(*pair) and not torch.equal(pair[0], values)
+
+
 SPREAD = [
     Optimizer(lr=0.1, implementation="foreach"),
     Optimizer(lr=0.1, implementation="foreach", bf16_rounding="stochastic"),
