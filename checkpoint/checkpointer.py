@@ -102,7 +102,7 @@ class Checkpointer:
         self._started_anew: frozenset[str] = frozenset()  # parts that the run has not taken over from a checkpoint
         self._last_save = time.monotonic()
         self._stage = Staging(pinned=section.async_mode == "async_with_pinned_mem")
-        self._saves = section.enable and not section.load_only
+        self._saves = section.saves
         if self._saves and self._rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
@@ -262,9 +262,7 @@ class Checkpointer:
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether the configuration wants this step to be saved."""
-        section = self._section
-        first = section.enable_first_step_checkpoint and step == 1
-        return self._saves and (step % section.interval == 0 or is_last or first)
+        return self._section.is_due(step, is_last)
 
     def is_overdue(self) -> bool:
         """Whether the last save is interval_minutes ago, by this process's clock."""

@@ -59,3 +59,12 @@ class Checkpoint:
     export_dtype: Annotated[
         Literal["float16", "bfloat16", "float32"], "number format of the weights that are exported at the end"
     ] = "float32"
+
+    @property
+    def saves(self) -> bool:
+        return self.enable and not self.load_only
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        """Whether this step is to be saved."""
+        first = self.enable_first_step_checkpoint and step == 1
+        return self.saves and (step % self.interval == 0 or is_last or first)

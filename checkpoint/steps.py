@@ -94,6 +94,12 @@ def find_expired(steps: Collection[int], keep_latest_k: int, keep_every: int) ->
     return [step for step in old if not (keep_every and step % keep_every == 0)]
 
 
+def most_at_once(steps: Collection[int], keep_latest_k: int, keep_every: int) -> int:
+    """How many checkpoints of these steps lie in a folder at most: a new one is complete before an old one goes."""
+    before = find_expired(steps, keep_latest_k + 1 if keep_latest_k else 0, keep_every)
+    return len(steps) - len(before)
+
+
 def remove_expired(folder: Path, keep_latest_k: int, keep_every: int) -> None:
     """Deletes checkpoints that are no longer wanted; each vanishes at once, never file by file."""
     steps = find_steps(folder)

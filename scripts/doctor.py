@@ -347,6 +347,7 @@ def _file_system(place: Path) -> str:
 def _saved_bytes(config: JobConfig) -> tuple[int, str]:
     """What a run will have on disk at most, and how that comes about."""
     from build import DTYPES
+    from checkpoint.steps import most_at_once
     from estimate import optimizer_bytes, parameter_count
     from parallel.degrees import Degrees
 
@@ -358,11 +359,9 @@ def _saved_bytes(config: JobConfig) -> tuple[int, str]:
     # Weights with their remainders, the optimizer's running means, and the average of the weights in fp32.
     one = parameters * (DTYPES[config.training.dtype].itemsize + (4 if config.ema.enable else 0))
     one += optimizer_bytes(config, Degrees())
-    saves = config.training.steps // section.interval
-    # A new one is complete before the oldest goes.
-    kept = min(saves, section.keep_latest_k + 1) if section.keep_latest_k else saves
-    if section.keep_latest_k and section.keep_every:
-        kept += config.training.steps // section.keep_every
+    steps = config.training.steps
+    saved = [step for step in range(1, steps + 1) if section.is_due(step, step == steps)]
+    kept = most_at_once(saved, section.keep_latest_k, section.keep_every)
     total = kept * one + exports * section.last_save_model_only
     return total, f"{kept} checkpoints of {one / GIB:,.2f} GiB and the weights at the end take {total / GIB:,.1f} GiB"
 

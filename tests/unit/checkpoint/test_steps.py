@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from checkpoint.steps import (
     find_expired,
     find_steps,
+    most_at_once,
     publish,
     remove_expired,
     remove_unfinished,
@@ -89,6 +90,16 @@ def test_the_latest_and_the_permanent_ones_stay(there, latest, every):
     # And nothing else stays.
     spare = [step for step in kept if not (every and step % every == 0)]
     assert latest == 0 or len(spare) <= latest
+
+
+@given(steps, st.integers(0, 6), st.integers(0, 7))
+def test_most_at_once_is_what_a_folder_sees(saved, latest, every):
+    there, most = set(), 0
+    for step in sorted(saved):
+        there.add(step)
+        most = max(most, len(there))
+        there -= set(find_expired(there, latest, every))
+    assert most_at_once(saved, latest, every) == most
 
 
 def test_expired_ones_are_deleted(tmp_path):

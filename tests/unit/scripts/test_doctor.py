@@ -168,6 +168,22 @@ def test_room_for_checkpoints(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--checkpoint.interval=300"], 4),  # the last step is saved too
+        (["--checkpoint.interval=5000"], 1),
+        (["--checkpoint.interval=1000", "--checkpoint.enable_first_step_checkpoint"], 2),
+        (["--checkpoint.interval=500", "--checkpoint.keep_latest_k=1", "--checkpoint.keep_every=7"], 2),
+        (["--checkpoint.interval=500", "--checkpoint.keep_every=500"], 2),  # each is there once
+        (["--checkpoint.interval=100", "--checkpoint.load_only"], 0),
+    ],
+)
+def test_checkpoints_are_counted_as_they_are_saved(options, count):
+    finding = only(doctor.find_disk(case("--checkpoint.enable", "--training.steps=1000", *options)))
+    assert f"; {count} checkpoints of" in finding.found
+
+
+@pytest.mark.parametrize(
     ("dtype", "state_dtype", "rounding", "size"),
     [
         ("float32", "bfloat16", "remainder", 8),
