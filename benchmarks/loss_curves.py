@@ -12,7 +12,6 @@ options are those of train.py.
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.arguments import new_file, split_variant, variant
 from build import build_run_layout, check_machine
+from config.job_config import JobConfig
 from config.parse import load_config
 from parallel.mesh import Layout, close_layout
 from runtime.exit_record import recorded_exit
@@ -38,18 +39,15 @@ DEFAULTS = [
 WINDOWS = 10
 
 
-def train_curve(options: Sequence[str], layout: Layout | None, folder: Path) -> tuple[list[float], Layout]:
-    """The loss of every step. The layout that the first run makes serves the others."""
-    config = load_config([*DEFAULTS, *options], 1, quiet=True)
-    layout = layout or build_run_layout(config, 1)
-    check_machine(config, layout.device.type)
+def train_curve(config: JobConfig, layout: Layout, folder: Path) -> list[float]:
+    """The loss of every step."""
     folder.mkdir()
     trainer = FluxTrainer(config, folder, layout)
     batches = iter(trainer.loader)
     # Read at the end: a device need not be waited for at every step.
     steps = tqdm(range(config.training.steps), unit="step", disable=None if layout.rank == 0 else True)
     losses = [trainer.train_step(batches)[0] for _ in steps]
-    return [loss.item() for loss in losses], layout
+    return [loss.item() for loss in losses]
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
@@ -74,27 +72,40 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add(
-        "--variant", action="append", required=True, metavar="OPTIONS", help="options of a further run; may be repeated"
+        "--variant",
+        type=variant,
+        action="append",
+        required=True,
+        metavar="OPTIONS",
+        help="options of a further run; may be repeated",
     )
-    add("--json", type=Path, metavar="FILE", help="write all curves to this file as well")
+    add("--json", type=new_file, metavar="FILE", help="write all curves to this file as well")
     args, options = parser.parse_known_args(argv)
+    configs = {
+        name: load_config([*DEFAULTS, *options, *split_variant(name)], 1, quiet=True) for name in ["", *args.variant]
+    }
+    if len({config.training.steps for config in configs.values()}) > 1:
+        raise ValueError(
+            "curves of different lengths cannot be compared: give training.steps to all, not to a --variant"
+        )
+    layouts = {name: build_run_layout(config, 1) for name, config in configs.items()}
+    for name, config in configs.items():
+        check_machine(config, layouts[name].device.type)
     curves: dict[str, list[float]] = {}
-    layout = None
     with tempfile.TemporaryDirectory() as folder:
-        for number, variant in enumerate(["", *args.variant]):
-            words = [*options, *(f"--{word}" for word in shlex.split(variant))]
-            curves[variant], layout = train_curve(words, layout, Path(folder) / str(number))
-            if variant:
-                one = compare(curves[variant], curves[""])
+        for number, (name, config) in enumerate(configs.items()):
+            curves[name] = train_curve(config, layouts[name], Path(folder) / str(number))
+            if name:
+                one = compare(curves[name], curves[""])
                 print(
-                    f"{variant}: last loss {one['last_loss']:.4f}, {one['last_percent']:+.2f} %; "
+                    f"{name}: last loss {one['last_loss']:.4f}, {one['last_percent']:+.2f} %; "
                     f"nowhere farther than {one['largest_percent']:.2f} %",
                     flush=True,
                 )
             else:
                 print(f"plain: last loss {smooth(curves[''])[-1]:.4f}", flush=True)
-    assert layout is not None
-    close_layout(layout)
+    for layout in layouts.values():
+        close_layout(layout)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(curves) + "\n")

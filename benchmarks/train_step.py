@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import train
+from benchmarks.arguments import new_file, split_variant, variant
 from benchmarks.clock import Clock, Times, compare, measure
 from build import build_run_layout, check_machine, compute_dtype, measure_peaks
 from config.job_config import JobConfig
@@ -171,8 +171,8 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
     if DIFFUSERS in args.against:
         builds[TRANSFORMER] = configure(), build_transformer
         builds[DIFFUSERS] = configure(), partial(build_transformer, by_diffusers=True)
-    for variant in args.variant:
-        builds[variant] = configure(*(f"--{word}" for word in shlex.split(variant))), build_update
+    for keys in args.variant:
+        builds[keys] = configure(*split_variant(keys)), build_update
     layouts = {name: build_run_layout(config, world_size) for name, (config, _) in builds.items()}
     layout = layouts[UPDATE]
     for config, _ in builds.values():
@@ -194,8 +194,9 @@ def run(args: argparse.Namespace, options: Sequence[str], folder: Path) -> dict[
         if layout.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    result = describe(builds[UPDATE][0], layout, args, options)
-    result["steps"] = {name: summarize(one, result) for name, one in times.items()}
+    abouts = {name: describe(config, layouts[name], args, options) for name, (config, _) in builds.items()}
+    result = dict(abouts[UPDATE])
+    result["steps"] = {name: summarize(one, abouts[name]) for name, one in times.items()}
     pairs = {**COMPARED, **dict.fromkeys(args.variant, UPDATE)}
     result["ratios"] = {
         f"{name} / {other}": compare(times[name].steps, times[other].steps)
@@ -346,6 +347,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--against", nargs="+", choices=list(COMPARED.values()), default=[], help="what else is timed, in turns")
     add(
         "--variant",
+        type=variant,
         action="append",
         default=[],
         metavar="KEYS",
@@ -360,7 +362,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--steps", type=positive, default=20, help="measured steps, whose median is told (default: %(default)s)")
     add("--warmup", type=positive, default=3, help="steps before them that do not count (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the figures to this file as well")
+    add("--json", type=new_file, metavar="FILE", help="write the figures to this file as well")
     args, options = parser.parse_known_args(argv)
     if DIFFUSERS in args.against and not importlib.util.find_spec("diffusers"):
         parser.error("--against diffusers needs it installed: pip install -r requirements-dev.txt")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import loss_curves
 from benchmarks.loss_curves import compare, main, smooth
 
 SMALL = ["--training.local_batch_size=2", "--training.img_size=32", "--encoder.max_t5_encoding_len=4"]
@@ -34,6 +35,33 @@ def test_no_variant(capsys):
     assert "--variant" in capsys.readouterr().err
 
 
-def test_a_mistake_in_a_variant(tmp_path):
-    with pytest.raises(ValueError, match=r"training\.img_size=100"):
-        main(["--variant", "training.img_size=100", "--training.steps=1", *SMALL])
+def test_a_variant_that_needs_another_layout():
+    main(["--variant", "training.mixed_precision_param=bfloat16", "--training.steps=1", *SMALL])
+
+
+@pytest.mark.parametrize(
+    ("variant", "answer"),
+    [
+        ("training.img_size=100", r"training\.img_size=100"),
+        ("optimizer.nonsense=3", "nonsense"),
+        ("training.steps=2", "different lengths"),
+    ],
+)
+def test_a_mistake_in_a_variant_is_found_before_the_first_run(variant, answer, monkeypatch):
+    monkeypatch.setattr(loss_curves, "FluxTrainer", None)
+    with pytest.raises(ValueError, match=answer):
+        main(["--variant", variant, "--training.steps=1", *SMALL])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--variant", "a='b"], "No closing quotation"),
+        (["--variant", ""], "no options"),
+        (["--variant", "ema.enable=true", "--json", "."], "is a folder"),
+    ],
+)
+def test_what_cannot_be_read_or_written(arguments, answer, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert answer in capsys.readouterr().err

@@ -60,6 +60,14 @@ def test_variants(tmp_path, capsys):
     assert f"{variant} / update = " in capsys.readouterr().out
 
 
+def test_a_variant_is_counted_by_its_own_configuration(tmp_path):
+    variant = "training.local_batch_size=4"
+    figures = run(tmp_path, "--variant", variant)["steps"]
+    assert figures[variant]["samples_per_s"] * figures[variant]["seconds"] == pytest.approx(4)
+    work = {name: one["tflops"] * one["seconds"] for name, one in figures.items()}
+    assert work[variant] == pytest.approx(2 * work["update"])
+
+
 def test_naive_is_recomputed_and_not_compiled(monkeypatch, tmp_path):
     """The other side has what the options ask for; naive has not."""
     seen = []
