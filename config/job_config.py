@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from checkpoint.config import Checkpoint
 from flux.config import Data, Encoder, Inference, Model, Training, Validation
 from parallel.config import ActivationCheckpoint, Comm, Compile, Parallelism, Quantize
-from runtime.config import Debug, Job
+from runtime.config import Debug, Job, Reliability
 from training.config import EMA, LRScheduler, Metrics, Optimizer, Profiling
 
 
@@ -31,4 +31,5 @@ class JobConfig:
     quantize: Quantize = field(default_factory=Quantize)
     comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    reliability: Reliability = field(default_factory=Reliability)
     debug: Debug = field(default_factory=Debug)
