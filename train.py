@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -47,7 +48,7 @@ from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
-from evaluate import Evaluator
+from evaluate import EvaluationStopped, Evaluator
 from flux.batch import EncodedBatch, RawBatch
 from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
@@ -67,9 +68,12 @@ from parallel.mesh import Layout, close_layout
 from parallel.quantize import after_update
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from runtime import exit_codes
-from runtime.exit_record import recorded_exit
+from runtime.exit_record import RunEnd, announce_folder, recorded_exit
 from runtime.log import log_stage, setup_logging
 from runtime.run_folder import claim_run_folder
+from runtime.stop import Preempted, StopRequest, check_grace
+from runtime.watchdog import LEAST_STEP_SECONDS, Watchdog
+from step_guard import StepGuard
 from step_report import StepReport
 from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
@@ -77,7 +81,7 @@ from training.ema import build_ema, update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger
-from training.optimizer import ExactWeights
+from training.optimizer import ExactWeights, step_unless
 from training.plots import save_loss_curve
 from training.profiling import Profiler
 from training.step_timer import StepTimer
@@ -96,7 +100,7 @@ LOSS_CURVE = "loss.png"  # in the run folder
 class FluxTrainer:
     """One training run: built in six steps, then `train()`. All ranks make one and do the same."""
 
-    def __init__(self, config: JobConfig, folder: Path, layout: Layout):
+    def __init__(self, config: JobConfig, folder: Path, layout: Layout, watchdog: Watchdog | None = None):
         self.checkpointer = build_checkpointer(config, folder, layout)
         found = find_start(config, self.checkpointer)
         saved = found.train_state if found else {}
@@ -143,6 +147,17 @@ class FluxTrainer:
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
+        self.watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
+        self.stop = StopRequest(config.reliability.stop_after_minutes)
+        self.guard = StepGuard(config, folder, layout, self.stop, self.metrics, saved.get("spike_window"))
+        self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did
+        own = config.checkpoint.enable and found and found.path.parent == folder / config.checkpoint.folder
+        self.saved_step = self.step if own else -1
+        self.patience = 0.0  # seconds, for a communication
+        # A data worker that stands still may be replaced, and new shapes compiled.
+        waits = 2 * config.data.worker_timeout_seconds + 30 if training.dataloader.num_workers else 0.0
+        compiles = config.reliability.phase_limit_seconds if config.compile.enable else 0.0
+        self.least_step_seconds = max(LEAST_STEP_SECONDS, waits, compiles)
         tools = self.metrics, self.timer, self.peaks
         self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
@@ -151,8 +166,10 @@ class FluxTrainer:
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
             parts = (self.spec, self.ahead, self.model, held_out, self.squared_errors, self.predict, self.dtype)
-            self.evaluator = Evaluator(config, folder, layout, *parts, self.ema, self._after_change, self.metrics)
+            more = (self.ema, self._after_change, self.poll, self.metrics)
+            self.evaluator = Evaluator(config, folder, layout, *parts, *more)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
+        check_grace(saved.get("save_seconds", 0.0))
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
@@ -169,6 +186,9 @@ class FluxTrainer:
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
+        patience = self.config.checkpoint.timeout_seconds + 60
+        self.watchdog.expect(f"the save of step {self.step}", patience, self.step)
+        self.guard.tell(self.step + 1)
         self.report.tell_all(self.step, self.cursor)
         state = {
             "step": self.step,
@@ -180,9 +200,14 @@ class FluxTrainer:
             "flavor": self.spec.name,
             "layout": self.layout.describe(),
             "torch": torch.__version__,
+            "is_evaluated": not self.must_evaluate,
+            "spike_window": self.guard.state(),
+            "save_seconds": self.checkpointer.longest_save,
             "config": asdict(self.config),
         }
         self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema, to_save=True), state)
+        self.saved_step = self.step
+        check_grace(self.checkpointer.longest_save)
 
     def predict(self, **inputs: Tensor | None) -> Tensor:
         """The transformer's velocity of all tokens, on every rank; for sampling, without gradients."""
@@ -233,6 +258,7 @@ class FluxTrainer:
         for _ in range(self.accumulation):
             raw, encoded = self.ahead.take(batches)
             self.report.bad += raw.bad
+            self.guard.note(raw)
             sample_elements = raw.draws.noise_BTC[0].numel()
             inputs = self.prepare(raw, encoded)
             micro_loss, errors_B = self.run_micro_batch(inputs, sample_elements * raw.update_samples)
@@ -249,16 +275,18 @@ class FluxTrainer:
         loss = self.forward_backward(batches)
         with region("clip"):
             grad_norm = self.clip_gradients()
+        skip = self.guard.judge(self.step + 1, self.cursor, loss, grad_norm)
+        self.loss_parts.end_update(skip)
         before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
         with region("optimizer"):
-            self.optimizer.step()
+            step_unless(self.optimizer, skip)
         self.update_ratios = update_ratios(self.watched, before) if before else {}
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
         if self.ema:
             with region("ema"):
-                update_ema(self.ema, self.weights, self.config.ema.decay, self.step)
+                update_ema(self.ema, self.weights, self.config.ema.decay, self.step, skip)
         self.cursor += self.update_size
         return loss, grad_norm
 
@@ -268,42 +296,77 @@ class FluxTrainer:
         return norm
 
     def train(self, after_step: Callable[[], object] = lambda: None) -> None:
-        """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve."""
-        training = self.config.training
+        """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve.
+
+        Raises:
+            Preempted: the run was asked to stop, and has saved what it had.
+        """
         if self.config.checkpoint.create_seed_checkpoint:
             self.save()
             return self.checkpointer.finish()
-        batches = islice(self.loader, (training.steps - self.step) * self.accumulation)
-        if self.step >= training.steps:
-            log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
-        first_step = self.step + 1
+        if self.step >= self.config.training.steps:
+            log.info("all %d steps are done already: to go on, raise training.steps", self.config.training.steps)
         self.report.start(self.step)
-        while self.step < training.steps:
+        with self.stop if self.checkpointer.saves else nullcontext():
+            self._take_steps(after_step)
+        self._finish()
+
+    def _take_steps(self, after_step: Callable[[], object]) -> None:
+        steps = self.config.training.steps
+        batches = islice(self.loader, (steps - self.step) * self.accumulation)
+        reached = self.must_evaluate and self._evaluate()
+        self.watchdog.expect("the first step", self.config.reliability.phase_limit_seconds, self.step)
+        while not reached and self.step < steps and self.guard.stop_reason is None:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
             self.report.advance()
             self.checkpointer.poll()
-            self.report.tell()  # of the step before: the device works on this one meanwhile
+            # Of the step before: the device works on this one meanwhile.
+            self.guard.tell(self.step)
+            self.report.tell()
             if self._is_logged(self.step):
                 self._log_step(loss, grad_norm, float(lr))
-            if self.step == first_step:  # which may compile
-                self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 after_step()
                 reached = self._evaluate()
                 if self._must_save(reached):
                     self.save()
-            if reached:
-                break
+                    self.guard.poll()
+            self._limit_step()
+        self.guard.tell(self.step + 1)
         self.report.close()
-        self._finish()
+        if self.guard.stop_reason and not reached:
+            if self.saved_step != self.step:
+                self.save()
+            self.checkpointer.finish()
+            raise Preempted(f"{self.guard.stop_reason}: saved step {self.step}, the same command goes on from there")
+
+    def _limit_step(self) -> None:
+        """The next step may take so long. Who waits for other ranks waits longer, so that the watchdog names them."""
+        section, timeout = self.config.reliability, self.config.comm.train_timeout_seconds
+        limit = self.watchdog.expect_step(self.step, section.step_limit_seconds, self.least_step_seconds)
+        patience = max(timeout, limit + 30) if section.watchdog else timeout
+        if patience > self.patience:  # at first it was that of the first step, which may compile
+            self.patience = patience
+            self.layout.set_timeout(patience)
 
     def _evaluate(self) -> bool:
         """Validates and draws where that is due. Whether validation.target_loss is reached."""
+        self.must_evaluate = False
         if self.evaluator is None or not self.evaluator.is_due(self.step):
             return False
+        self.guard.tell(self.step + 1)
         self.report.tell()
-        return self.evaluator.evaluate(self.step, self.cursor)
+        try:
+            return self.evaluator.evaluate(self.step, self.cursor)
+        except EvaluationStopped:
+            self.must_evaluate = True  # from the beginning, when the run goes on
+            return False
+
+    def poll(self) -> bool:
+        """Between two batches of an evaluation: whether the run is to stop. All ranks must call it."""
+        self.watchdog.expect("an evaluation", self.config.reliability.phase_limit_seconds, self.step)
+        return self.checkpointer.saves and self.guard.poll()
 
     def _after_change(self) -> None:
         """Computes anew what follows from the weights."""
@@ -321,6 +384,7 @@ class FluxTrainer:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
         self.checkpointer.finish()
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
+        self.watchdog.expect("the export of the weights", section.timeout_seconds + 60, self.step)
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
             for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
@@ -340,7 +404,7 @@ class FluxTrainer:
 
 
 def main(argv: list[str]) -> None:
-    with recorded_exit(0, EXIT_CODES) as end:
+    with recorded_exit(0, EXIT_CODES) as end, ExitStack() as within:
         end.rank, world_size = read_ranks(os.environ)
         setup_logging(end.rank)
         config = load_config(argv, world_size, quiet=end.rank > 0)
@@ -356,8 +420,13 @@ def main(argv: list[str]) -> None:
         end.folder = Path(layout.from_rank_0("folder", claim))
         if end.folder != Path(config.job.dump_folder):
             log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
+        end.resumes = config.checkpoint.saves
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            announce_folder(end.folder)
+        watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
+        watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):
-            trainer = FluxTrainer(config, end.folder, layout)
+            trainer = FluxTrainer(config, end.folder, layout, watchdog)
         if end.rank == 0:
             save_config(trainer.config, end.folder / CONFIG_FILE)
             if config.job.print_config:
@@ -367,7 +436,7 @@ def main(argv: list[str]) -> None:
             with out_of_memory_told(config, layout, in_step=True), profiler:
                 trainer.train(profiler.step)
         finally:
-            end.step = trainer.step
+            end.step, end.save_seconds = trainer.step, trainer.checkpointer.longest_save or None
             try:
                 trainer.checkpointer.close()
             finally:
