@@ -4,24 +4,23 @@ import tempfile
 
 import pytest
 
-from tests.distributed.layouts import build_trainer
+from tests.distributed.layouts import UPDATE, build_trainer
 from tests.distributed.ranks import run_ranks
 
 UPDATES = 3
-REPLICATE = "--parallelism.data_parallel_replicate_degree={}".format
+SPLIT = "double_blocks.0.img_mod.lin.weight"  # over all ranks of a replica; FSDP leaves it alone
+HALVES = ["--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16"]
 # name: (processes, replicas, options)
-LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "2x1": (2, 2, ()),
-    "3x1": (3, 3, ("--training.dtype=bfloat16",)),
-    "2x2": (4, 2, ()),
-    "2x2, modulation where it lies": (4, 2, ("--parallelism.modulation_parallel",)),
-    "2x1 x tp 2": (4, 2, ("--parallelism.tensor_parallel_degree=2",)),
-    "2x1 x cp 2": (4, 2, ("--parallelism.context_parallel_degree=2",)),
+LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
+    "3x1, bfloat16": (3, 3, HALVES),
+    "2x2": (4, 2, []),
+    "2x1 x tp 2": (4, 2, ["--parallelism.tensor_parallel_degree=2"]),
+    "2x1 x cp 2": (4, 2, ["--parallelism.context_parallel_degree=2"]),
 }
 
 
-def compare(rank: int, world_size: int, folder: str, options: tuple[str, ...]) -> dict[str, list]:
-    """What is found after UPDATES, and with a bit flipped on rank 1 and on the last."""
+def compare(rank: int, world_size: int, folder: str, options: list[str]) -> dict[str, list]:
+    """What is found after UPDATES, as they are and with one bit flipped on rank 1."""
     import torch
 
     from parallel.replicas import compare_replicas
@@ -29,34 +28,48 @@ def compare(rank: int, world_size: int, folder: str, options: tuple[str, ...]) -
     from training.optimizer import find_remainders
 
     trainer = build_trainer(rank, world_size, folder, options)
-    tensors = dict(trainer.model.named_parameters())
-    names = {parameter: name for name, parameter in tensors.items()}
-    before = {name: local_part(tensor).clone() for name, tensor in tensors.items()}
+    weights = dict(trainer.model.named_parameters())
+    names = {parameter: name for name, parameter in weights.items()}
+    before = {name: local_part(weight).clone() for name, weight in trainer.weights.items()}
     batches = iter(trainer.loader)
     for _ in range(UPDATES):
         trainer.train_step(batches)
-    moved = [name for name, tensor in tensors.items() if not torch.equal(local_part(tensor), before[name])]
-    tensors |= {f"{name}.remainder": bits for name, bits in find_remainders(trainer.optimizer, names).items()}
+    still = [name for name, weight in trainer.weights.items() if torch.equal(local_part(weight), before[name])]
+    remainders = find_remainders(trainer.optimizer, names)
+    tensors = weights | {f"{name}.remainder": remainder for name, remainder in remainders.items()}
 
-    def flip(name: str, wrong: int) -> list:
+    def compare_flipped(name: str) -> list:
         local = local_part(tensors[name])
         bits = local.view(torch.int32 if local.element_size() == 4 else torch.int16).view(-1)
-        held = layout_has(bits) if rank == wrong else False
-        if held:
-            bits[-1] ^= 1  # the least that there is
+        bits[-1] ^= int(rank == 1)
         found = compare_replicas(tensors, trainer.layout)
-        if held:
-            bits[-1] ^= 1
+        bits[-1] ^= int(rank == 1)
         return found
 
-    def layout_has(bits: torch.Tensor) -> bool:
-        return bits.numel() > 0
-
-    last = list(tensors)[-1]
     return {
+        "split": compare_flipped(SPLIT),
+        "last": compare_flipped(list(tensors)[-1]),
         "sound": compare_replicas(tensors, trainer.layout),
-        "rank 1": flip("double_blocks.0.img_mod.lin.weight", 1),
-        "last": flip(last, world_size - 1),
-        "sound again": compare_replicas(tensors, trainer.layout),
-        "counts": [len(tensors), len(before), len(moved)],
+        "counts": [len(weights), len(remainders), len(still)],
+        "last name": list(tensors)[-1:],
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_replicas_stay_alike_and_a_flipped_bit_is_found(name):
+    world_size, replicas, options = LAYOUTS[name]
+    samples = UPDATE // 2 * replicas  # of an update
+    dp = world_size // (2 if "x tp" in name or "x cp" in name else 1)
+    sizes = [f"--training.global_batch_size={samples}", f"--training.local_batch_size={samples // dp}"]
+    options = [*sizes, f"--parallelism.data_parallel_replicate_degree={replicas}", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(compare, world_size, folder, options)
+    found = ranks[0]
+    weights, remainders, still = found["counts"]
+    assert still == 0 and remainders == (weights if name.endswith("bfloat16") else 0)
+    assert all(other["sound"] == [] for other in ranks)
+    named = [1] if replicas == 3 else sorted([1, (1 + world_size // 2) % world_size])  # with two, both
+    for what, flipped in (("split", SPLIT), ("last", found["last name"][0])):
+        assert all(other[what] == found[what] for other in ranks), "every rank knows"
+        assert found[what] == [(rank, flipped, replicas == 3) for rank in named]
