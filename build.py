@@ -54,7 +54,7 @@ from training.optimizer import check_optimizer, find_remainders, optimizer_tenso
 from training.peaks import Peaks, measure_matmul
 
 log = logging.getLogger("train")
-_name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
+name_autoencoder = partial(from_hf, rules=AUTOENCODER_DIFFUSERS_RULES)  # diffusers' names to ours
 STARTED_MS = now_ms()  # about when the program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORT_FOLDER = "export"  # in the run folder
@@ -100,7 +100,7 @@ def build_encoders(
     dtype = DTYPES[encoder.dtype]
     autoencoder = None
     if "autoencoder" in parts:
-        autoencoder = load_autoencoder(encoder.autoencoder_path, spec.codec, dtype, device, _name_autoencoder)
+        autoencoder = load_autoencoder(encoder.autoencoder_path, spec.codec, dtype, device, name_autoencoder)
     conditioner = build_conditioner(encoder, spec.transformer, config.training.test_mode, device, sharding, parts)
     if tokenizer is not None:
         check_tokenizer(tokenizer, conditioner)
@@ -168,13 +168,23 @@ def draw_weights(config: JobConfig, model: FluxTransformer, layout: Layout) -> N
 
 def load_weights(config: JobConfig, spec: ModelSpec, model: FluxTransformer, layout: Layout) -> None:
     """Gives the model of `build_model` the weights of checkpoint.initial_load_path, one whole tensor at a time."""
+    tensors = open_initial_weights(config, spec)
+    make_room(config, model, layout)
+    for name, parameter in model.named_parameters():
+        copy_full_(parameter, tensors[name].read())
+
+
+def open_initial_weights(config: JobConfig, spec: ModelSpec) -> Mapping[str, LazyTensor]:
+    """The weights of checkpoint.initial_load_path, a folder or a file of others, under our names. None is read.
+
+    Raises:
+        ValueError: nothing is there, or it is of another flavor.
+    """
     assert config.checkpoint.initial_load_path is not None
     path = Path(config.checkpoint.initial_load_path)
     tensors = open_weights(path, LAYOUTS).tensors
     check_fits(tensors, spec, f"checkpoint.initial_load_path={str(path)!r}")
-    make_room(config, model, layout)
-    for name, parameter in model.named_parameters():
-        copy_full_(parameter, tensors[name].read())
+    return tensors
 
 
 def make_room(config: JobConfig, model: FluxTransformer, layout: Layout) -> None:
@@ -256,14 +266,16 @@ def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
         ValueError: it cannot be started from.
         CheckpointError: the run has checkpoints, and none is whole.
     """
-    found = checkpointer.find()
+    found, spec = checkpointer.find(), SPECS[config.model.flavor]
     if found:
-        check_fits(found.weights(), SPECS[config.model.flavor], str(found.path))
+        check_fits(found.weights(), spec, str(found.path))
         if config.checkpoint.create_seed_checkpoint and found.train_state:
             raise ValueError(
                 f"checkpoint.create_seed_checkpoint saves a start, and this run goes on from {found.path}: "
                 "leave it out, or choose another job.dump_folder"
             )
+    elif config.checkpoint.initial_load_in_hf:
+        open_initial_weights(config, spec)  # said now, and not when the encoders have been built
     return found
 
 
@@ -298,7 +310,7 @@ def save_pipeline(
         lazy = {name: LazyTensor(tensor.shape, tensor.dtype, tensor.read) for name, tensor in tensors.items()}
         write_sharded(folder, stem, from_native(lazy, rules) if rules else lazy, None, metadata)
 
-    save_pipeline_parts(folder, spec, encoder, test_mode, write, _name_autoencoder)
+    save_pipeline_parts(folder, spec, encoder, test_mode, write, name_autoencoder)
     write_sharded(folder / DIFFUSERS_FOLDER, DIFFUSERS_STEM, tensors, None, metadata)
 
 

@@ -76,6 +76,17 @@ def find_changes(saved: Mapping[str, Any], config: JobConfig, update_size: int) 
     return changes
 
 
+def find_version_changes(saved: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """One text per version that is not the one of then, such as `torch 2.12.0 -> 2.13.0`.
+
+    Args:
+        saved: what a checkpoint knows beside its tensors: "versions".
+        versions: of now, by name.
+    """
+    before = saved.get("versions", {})
+    return [f"{name} {before[name]} -> {now}" for name, now in versions.items() if before.get(name, now) != now]
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +197,35 @@ class Autoencoder(nn.Module):
         return self.decoder(latents_BCHW)
 
 
+class AutoencoderFile(NamedTuple):
+    """A file that holds an autoencoder which fits."""
+
+    path: Path
+    config: AutoencoderConfig
+    to_native: Renaming | None  # gives its tensors our names; None: they have them
+
+
+def open_autoencoder(path: str | Path, codec: CodecConfig, to_native: Renaming | None = None) -> AutoencoderFile:
+    """What `load_autoencoder` would load, from names and shapes: no weight is read. Whether it is trained stays open.
+
+    The arguments are those of `load_autoencoder`.
+
+    Raises:
+        ValueError: no such file, not safetensors, damaged, another architecture or channel count.
+    """
+    file = _find_weights(Path(path), codec)
+    shapes = read_shapes(file)
+    renaming = to_native if any(key.startswith("encoder.down_blocks.") for key in shapes) else None
+    if renaming is not None:
+        shapes = _rename_shapes(shapes, renaming, file)
+    config = config_from_shapes(shapes, file)
+    if config.latent_channels != codec.latent_channels:
+        rule = f"has {config.latent_channels} latent channels, but the flavor needs {codec.latent_channels}"
+        raise _error(path, rule)
+    check_shapes(shapes, config, file)
+    return AutoencoderFile(file, config, renaming)
+
+
 def load_autoencoder(
     path: str | Path,
     codec: CodecConfig,
@@ -215,22 +245,12 @@ def load_autoencoder(
     Raises:
         ValueError: no such file, not safetensors, damaged, another architecture or channel count, not trained.
     """
-    file = _find_weights(Path(path), codec)
-    shapes = read_shapes(file)
-    is_diffusers = any(key.startswith("encoder.down_blocks.") for key in shapes)
-    if is_diffusers and to_native is not None:
-        shapes = _rename_shapes(shapes, to_native, file)
-    config = config_from_shapes(shapes, file)
-    if config.latent_channels != codec.latent_channels:
-        rule = f"has {config.latent_channels} latent channels, but the flavor needs {codec.latent_channels}"
-        raise _error(path, rule)
-    check_shapes(shapes, config, file)
-
+    opened = open_autoencoder(path, codec, to_native)
     with torch.device("meta"):
-        autoencoder = Autoencoder(config)
-    weights = load_file(file, device=str(device))
-    if is_diffusers and to_native is not None:
-        weights = to_native(weights)
+        autoencoder = Autoencoder(opened.config)
+    weights = load_file(opened.path, device=str(device))
+    if opened.to_native is not None:
+        weights = opened.to_native(weights)
     weights = {key: tensor.to(dtype=dtype) for key, tensor in weights.items()}
     autoencoder.load_state_dict(weights, strict=True, assign=True)
     autoencoder.eval().requires_grad_(False)

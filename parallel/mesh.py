@@ -1,6 +1,7 @@
 """Degrees -> process groups: which ranks share what, and the little that ranks tell each other outside of the model."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,12 +91,13 @@ class Layout:
         store.set(name, f"value:{text}")
         return text
 
-    def gather_texts(self, name: str, text: str) -> list[str]:
+    def gather_texts(self, name: str, text: str, seconds: float | None = None) -> list[str]:
         """What the ranks have to say, on rank 0, in their order; nothing on the others.
 
         Args:
             name: not used before.
             text: empty on ranks that have nothing to say.
+            seconds: after that the text of a rank that is silent is taken to be empty; None: it is waited for.
         """
         if self.degrees.world == 1:
             return [text]
@@ -103,7 +105,17 @@ class Layout:
         if self.rank:
             store.set(f"{name}/{self.rank}", text)
             return []
-        return [text, *(store.get(f"{name}/{rank}").decode() for rank in range(1, self.degrees.world))]
+        texts, deadline = [text], None if seconds is None else time.monotonic() + seconds
+        for key in (f"{name}/{rank}" for rank in range(1, self.degrees.world)):
+            try:
+                if deadline is not None:
+                    store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+                texts.append(store.get(key).decode())
+            except dist.DistStoreError:
+                if deadline is None:
+                    raise
+                texts.append("")
+        return texts
 
     def max(self, value: float) -> float:
         """The largest of all ranks' values."""

@@ -35,10 +35,15 @@ def claim_run_folder(dump_folder: str | Path, resumable: str | None = None) -> P
     except FolderInUse:
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"job.dump_folder={str(dump_folder)!r} must be a folder that can be made and written to, but: {error}; "
-            "choose another with --job.dump_folder"
-        ) from None
+        raise unusable(dump_folder, error) from None
+
+
+def unusable(dump_folder: str | Path, error: Exception) -> ValueError:
+    """What is raised for a folder that no run can write into."""
+    return ValueError(
+        f"job.dump_folder={str(dump_folder)!r} must be a folder that can be made and written to, but: {error}; "
+        "choose another with --job.dump_folder"
+    )
 
 
 def _candidates(wanted: Path) -> Iterator[Path]:

@@ -78,7 +78,7 @@ class RunLock:
             if error.errno not in _NO_FLOCK:
                 raise
         else:
-            if _is_of_this_machine(_read(self._path)):
+            if _is_ofthis_machine(_read(self._path)):
                 return  # of a run that is dead, or flock would have refused
         if _moves(self._path):
             raise _in_use(self._path)
@@ -106,21 +106,21 @@ class RunLock:
 
 def _describe_this_process() -> dict[str, Any]:
     return {
-        **_this_machine(),
+        **this_machine(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _this_machine() -> dict[str, str]:
+def this_machine() -> dict[str, str]:
     """Name and boot: containers on several machines may share a name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else ""}
 
 
-def _is_of_this_machine(record: dict[str, Any]) -> bool:
-    return _this_machine().items() <= record.get("owner", {}).items()
+def _is_ofthis_machine(record: dict[str, Any]) -> bool:
+    return this_machine().items() <= record.get("owner", {}).items()
 
 
 def _read(path: Path) -> dict[str, Any]:

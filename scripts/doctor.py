@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from config.job_config import JobConfig
 from config.parse import ConfigError, parse, read_process_count
-from flux.text_folders import resolve_clip, resolve_t5
 from runtime import exit_codes
 from runtime.hardware import usable_cores
+from runtime.preflight import Finding, nearest_folder
 from runtime.requirements import OLDEST_PYTHON, check_requirement, read_requirements, release
 
 ROOT = Path(__file__).parents[1]
@@ -46,17 +46,6 @@ SHARED_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "glu
 MOUNTS = Path("/proc/self/mounts")
 SHARED_MEMORY = Path("/dev/shm")
 
-Level = Literal["ok", "warning", "error"]
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    level: Level
-    name: str
-    found: str
-    fix: str = ""  # what mends it; ok has none
-
 
 class Case(NamedTuple):
     """What is looked at: a run on this machine."""
@@ -67,8 +56,7 @@ class Case(NamedTuple):
     @property
     def folder(self) -> Path:
         """The run folder, or what there is of the way to it."""
-        path = Path(self.config.job.dump_folder).absolute()
-        return next(place for place in (path, *path.parents) if place.exists())
+        return nearest_folder(self.config.job.dump_folder)
 
 
 def find_python(case: Case) -> Iterator[Finding]:
@@ -194,26 +182,6 @@ def find_compiler(case: Case) -> Iterator[Finding]:
     yield Finding("ok", "compiler", f"compile.backend={section.backend} has what it needs")
 
 
-def find_encoders(case: Case) -> Iterator[Finding]:
-    """Are the files there that [encoder] names?"""
-    section = case.config.encoder
-    if case.config.training.test_mode:
-        yield Finding("ok", "encoders", "training.test_mode: tiny ones, which come with the recipe")
-        return
-    for name, resolve in ((section.t5_encoder, resolve_t5), (section.clip_encoder, resolve_clip)):
-        try:
-            yield Finding("ok", "encoders", str(resolve(name).weights))
-        except ValueError as error:
-            found, _, fix = str(error).partition(": ")
-            yield Finding("error", "encoders", found, fix)
-    path = section.autoencoder_path
-    if Path(path).exists():
-        yield Finding("ok", "encoders", path)
-    else:
-        fix = "run `python -m scripts.download_assets --assets autoencoder`, or correct the path"
-        yield Finding("error", "encoders", f"encoder.autoencoder_path={path!r} is not there", fix)
-
-
 def find_shared_memory(case: Case) -> Iterator[Finding]:
     if not SHARED_MEMORY.is_dir():
         yield Finding("ok", "shared memory", f"this system has no {SHARED_MEMORY}")
@@ -238,34 +206,25 @@ def find_file_limit(case: Case) -> Iterator[Finding]:
     yield Finding("warning", "open files", f"{text}, which many shards and data workers can use up", fix)
 
 
-def find_folder(case: Case) -> Iterator[Finding]:
-    """May the run folder be written, and do other machines see it?"""
-    wanted, place = case.config.job.dump_folder, case.folder
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        fix = "set job.dump_folder to a folder that you may write"
-        yield Finding("error", "run folder", f"{wanted}: {place} cannot be written", fix)
-        return
-    kind = _file_system(place)
+def find_file_system(case: Case) -> Iterator[Finding]:
+    """Do other machines see the run folder?"""
+    wanted, kind = case.config.job.dump_folder, _file_system(case.folder)
     if kind.startswith(SHARED_FILE_SYSTEMS):
-        yield Finding("ok", "run folder", f"{wanted} is on {kind}, which other machines can see too")
+        yield Finding("ok", "file system", f"{wanted} is on {kind}, which other machines can see too")
     elif case.world_size is not None and case.world_size > max(1, _gpu_count()) > 1:
         fix = "set job.dump_folder to a folder that all machines share, such as one on NFS or Lustre"
-        yield Finding("warning", "run folder", f"{wanted} is on {kind}, which other machines do not see", fix)
+        yield Finding("warning", "file system", f"{wanted} is on {kind}, which other machines do not see", fix)
     else:
         text = f"{wanted} is on {kind}, this machine's own; several machines need a shared one"
-        yield Finding("ok", "run folder", text)
+        yield Finding("ok", "file system", text)
 
 
-def find_disk(case: Case) -> Iterator[Finding]:
-    """Free room against what the run will save."""
-    needed, what = _saved_bytes(case.config)
-    free = shutil.disk_usage(case.folder).free
-    text = f"{free / GIB:,.1f} GiB free; {what}"
-    if needed <= free:
-        yield Finding("ok", "disk", text)
-    else:
-        fix = "lower checkpoint.keep_latest_k, or set job.dump_folder to a larger disk"
-        yield Finding("error" if case.config.checkpoint.enable else "warning", "disk", text, fix)
+def find_for_run(case: Case) -> Iterator[Finding]:
+    """What a run itself looks at before it begins."""
+    from preflight import CHECKS
+
+    for check in CHECKS:
+        yield from check(case.config)
 
 
 def find_hub_login(case: Case) -> Iterator[Finding]:
@@ -286,11 +245,10 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     find_accelerator,
     find_attention,
     find_compiler,
-    find_encoders,
+    find_for_run,
     find_shared_memory,
     find_file_limit,
-    find_folder,
-    find_disk,
+    find_file_system,
     find_hub_login,
 )
 
@@ -342,28 +300,6 @@ def _file_system(place: Path) -> str:
         if place.resolve().is_relative_to(point)
     )
     return kind
-
-
-def _saved_bytes(config: JobConfig) -> tuple[int, str]:
-    """What a run will have on disk at most, and how that comes about."""
-    from build import DTYPES
-    from checkpoint.steps import most_at_once
-    from estimate import optimizer_bytes, parameter_count
-    from parallel.degrees import Degrees
-
-    section, parameters = config.checkpoint, parameter_count(config)
-    export = parameters * DTYPES[section.export_dtype].itemsize
-    exports = export * (1 + config.ema.enable + section.last_save_in_hf)
-    if not section.enable:
-        return exports, f"the weights at the end take {exports / GIB:,.2f} GiB"
-    # Weights with their remainders, the optimizer's running means, and the average of the weights in fp32.
-    one = parameters * (DTYPES[config.training.dtype].itemsize + (4 if config.ema.enable else 0))
-    one += optimizer_bytes(config, Degrees())
-    steps = config.training.steps
-    saved = [step for step in range(1, steps + 1) if section.is_due(step, step == steps)]
-    kept = most_at_once(saved, section.keep_latest_k, section.keep_every)
-    total = kept * one + exports * section.last_save_model_only
-    return total, f"{kept} checkpoints of {one / GIB:,.2f} GiB and the weights at the end take {total / GIB:,.1f} GiB"
 
 
 def main(argv: list[str]) -> int:

@@ -23,8 +23,9 @@ MAY_IMPORT["estimate"] = {"build", "config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
 MAY_IMPORT["step_report"] = {"config"} | ROOMS
 MAY_IMPORT["memory_advice"] = {"config", "estimate"} | ROOMS
-MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice", "step_report"} | ROOMS
-MAY_IMPORT["scripts"] = {"build", "estimate", "train", "trained", "config"} | ROOMS
+MAY_IMPORT["preflight"] = {"build", "config", "estimate"} | ROOMS
+MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice", "preflight", "step_report"} | ROOMS
+MAY_IMPORT["scripts"] = {"build", "estimate", "preflight", "train", "trained", "config"} | ROOMS
 MAY_IMPORT["benchmarks"] = {"benchmarks"} | MAY_IMPORT["scripts"]
 PRODUCT = set(MAY_IMPORT)
 
