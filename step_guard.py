@@ -1,4 +1,6 @@
-"""Judges every update before it is made, on the device: one whose numbers went bad is left out, on all ranks. The host
+"""Watches over the steps of a run: their numbers, the time they take, and whether the run is asked to stop.
+
+Every update is judged before it is made, on the device: one whose numbers went bad is left out, on all ranks. The host
 learns of it when the device has the next step to work on. Whether a rank is asked to stop travels with the verdicts.
 """
 
@@ -7,6 +9,7 @@ import logging
 import math
 import socket
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ from torch import Tensor
 from config.job_config import JobConfig
 from flux.batch import RawBatch
 from parallel.mesh import Layout
+from parallel.replicas import ReplicasDiffer, compare_replicas, describe_deviations
 from runtime.stop import STOP_REASONS, StopRequest
+from runtime.watchdog import LEAST_STEP_SECONDS, Watchdog
 from training.metrics import MetricsLogger
 from training.spikes import SpikeWatch
 
+WAIT_SECONDS = 30.0  # that ranks wait for each other beyond a limit of the watchdog
 INCIDENTS = "incidents"  # in the run folder: a file for each update whose numbers were odd
 
 log = logging.getLogger("train")
@@ -48,7 +54,7 @@ class StepGuard:
     """All ranks make one and do the same; the one with `metrics` writes.
 
     Args:
-        stop: of this rank.
+        watchdog: of this rank.
         metrics: where figures go; None on ranks that write none.
         window: what an earlier part of the run knew of usual losses, see `state`.
     """
@@ -58,11 +64,13 @@ class StepGuard:
         config: JobConfig,
         folder: Path,
         layout: Layout,
-        stop: StopRequest,
+        watchdog: Watchdog,
         metrics: MetricsLogger | None,
         window: list[list[float]] | None,
     ):
-        self.config, self.folder, self.layout, self.stop, self.metrics = config, folder, layout, stop, metrics
+        self.config, self.folder, self.layout = config, folder, layout
+        self.watchdog, self.metrics = watchdog, metrics
+        self.stop = StopRequest(config.reliability.stop_after_minutes)
         self.stop_reason: str | None = None  # why all ranks shall leave; the same step later on all
         section = config.reliability
         self._spikes = SpikeWatch(section.spike_sigma, layout.device)
@@ -72,6 +80,11 @@ class StepGuard:
         self._samples: list[tuple[int, str]] = []
         self._verdicts: deque[_Verdict] = deque()
         self._nonfinite_in_a_row = 0
+        self._patience = 0.0  # seconds, for a communication
+        # A data worker that stands still may be replaced, and new shapes compiled.
+        waits = 2 * config.data.worker_timeout_seconds + 30 if config.training.dataloader.num_workers else 0.0
+        compiles = section.phase_limit_seconds if config.compile.enable else 0.0
+        self._least_step_seconds = max(LEAST_STEP_SECONDS, waits, compiles)
 
     def note(self, raw: RawBatch) -> None:
         """A batch is a part of the update that will be judged next."""
@@ -112,6 +125,38 @@ class StepGuard:
         """
         while self._verdicts and self._verdicts[0].step < before:
             self._tell(self._verdicts.popleft())
+
+    def limit_phase(self, what: str, step: int) -> None:
+        """What comes now, after `step` steps, is no step as the others are."""
+        self.watchdog.expect(what, self.config.reliability.phase_limit_seconds, step)
+
+    def limit_writing(self, what: str, step: int) -> None:
+        """Now something is written, for which ranks wait for each other in their own time."""
+        self.watchdog.expect(what, self.config.checkpoint.timeout_seconds + WAIT_SECONDS, step)
+
+    def limit_step(self, step: int) -> None:
+        """Now comes the step after `step`."""
+        section, timeout = self.config.reliability, self.config.comm.train_timeout_seconds
+        limit = self.watchdog.expect_step(step, section.step_limit_seconds, self._least_step_seconds)
+        # Who waits for other ranks waits longer, so that the watchdog can tell for whom.
+        patience = max(timeout, limit + WAIT_SECONDS) if section.watchdog else timeout
+        if patience > self._patience:  # at first it is that of the first step, which may compile
+            self._patience = patience
+            self.layout.set_timeout(patience)
+
+    def check_replicas(self, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Compares the replicas where that is due.
+
+        Raises:
+            ReplicasDiffer: they have not the same bits.
+        """
+        freq = self.config.reliability.compare_replicas_freq
+        if not freq or step % freq or not (found := compare_replicas(tensors(), self.layout)):
+            return
+        raise ReplicasDiffer(
+            f"step {step}: {describe_deviations(found)}: a machine computes or keeps wrong numbers: leave it out, and "
+            f"go on from a checkpoint of step {step - freq} or before, when they were compared last"
+        )
 
     def poll(self) -> bool:
         """Whether any rank is asked to stop, where no update is under way. All ranks must call it, and wait here."""

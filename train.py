@@ -30,19 +30,21 @@ from build import (
     build_model,
     build_optimizer,
     build_run_layout,
-    check_machine,
     check_shards,
     checkpoint_tensors,
     compute_dtype,
     describe_model,
+    describe_run,
     draw_seed,
+    enter_run_folder,
     export_weights,
     find_start,
     measure_peaks,
     start_weights,
+    take_over,
     warn_of_tiny_autoencoder,
+    weight_bits,
 )
-from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
 from config.job_config import JobConfig
 from config.parse import load_config
@@ -59,25 +61,26 @@ from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
-from memory_advice import check_memory, out_of_memory_told
+from memory_advice import out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
 from parallel.gradients import clip_grad_norm_, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.quantize import after_update
+from parallel.replicas import ReplicasDiffer
 from parallel.updates import copy_parts, middle_blocks, update_ratios
+from preflight import check_run, look_alone
 from runtime import exit_codes
-from runtime.exit_record import RunEnd, announce_folder, recorded_exit
+from runtime.exit_record import RunEnd, recorded_exit
 from runtime.log import log_stage, setup_logging
-from runtime.run_folder import claim_run_folder
-from runtime.stop import Preempted, StopRequest, check_grace
-from runtime.watchdog import LEAST_STEP_SECONDS, Watchdog
+from runtime.stop import Preempted, check_grace
+from runtime.watchdog import Watchdog
 from step_guard import StepGuard
 from step_report import StepReport
 from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
-from training.ema import build_ema, update_ema
+from training.ema import update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger
@@ -91,6 +94,7 @@ EXIT_CODES = {
     DataError: exit_codes.DATA,
     ValueError: exit_codes.CONFIG,
     FloatingPointError: exit_codes.DIVERGED,
+    ReplicasDiffer: exit_codes.DIVERGED,
     CheckpointError: exit_codes.CHECKPOINT,
 }
 STAGES = 6
@@ -135,7 +139,7 @@ class FluxTrainer:
 
         self.optimizer = build_optimizer(config, self.model)
         self.weights = ExactWeights(self.optimizer, dict(self.model.named_parameters()))
-        self.ema = self._load(found)
+        self.ema = take_over(config, self.checkpointer, found, self.model, self.optimizer, self.weights)
         done = found.schedule_step if found else 0
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
@@ -147,17 +151,10 @@ class FluxTrainer:
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
-        self.watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
-        self.stop = StopRequest(config.reliability.stop_after_minutes)
-        self.guard = StepGuard(config, folder, layout, self.stop, self.metrics, saved.get("spike_window"))
+        watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
+        self.guard = StepGuard(config, folder, layout, watchdog, self.metrics, saved.get("spike_window"))
         self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did
-        own = config.checkpoint.enable and found and found.path.parent == folder / config.checkpoint.folder
-        self.saved_step = self.step if own else -1
-        self.patience = 0.0  # seconds, for a communication
-        # A data worker that stands still may be replaced, and new shapes compiled.
-        waits = 2 * config.data.worker_timeout_seconds + 30 if training.dataloader.num_workers else 0.0
-        compiles = config.reliability.phase_limit_seconds if config.compile.enable else 0.0
-        self.least_step_seconds = max(LEAST_STEP_SECONDS, waits, compiles)
+        self.saved_step = self.step if found and found.is_own else -1
         tools = self.metrics, self.timer, self.peaks
         self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
@@ -174,36 +171,18 @@ class FluxTrainer:
         if changes := find_changes(saved, config, self.update_size):
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
 
-    def _load(self, found: Found | None) -> dict[str, Tensor]:
-        """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights."""
-        ema: dict[str, Tensor] = {}
-        if self.config.ema.enable and found and found.holds("ema"):
-            ema = build_ema(self.weights)  # room for it
-        if found:
-            tensors = checkpoint_tensors(self.model, self.optimizer, ema, False, found.holds("optimizer"))
-            self.checkpointer.load(found, tensors)
-        return ema or (build_ema(self.weights) if self.config.ema.enable else {})
-
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
-        patience = self.config.checkpoint.timeout_seconds + 60
-        self.watchdog.expect(f"the save of step {self.step}", patience, self.step)
+        self.guard.limit_writing(f"the save of step {self.step}", self.step)
         self.guard.tell(self.step + 1)
         self.report.tell_all(self.step, self.cursor)
-        state = {
+        state = describe_run(self.config, self.layout, self.shards, self.update_size) | {
             "step": self.step,
             "samples_seen": self.cursor,
             "schedule_step": self.lr_scheduler.last_epoch,
-            "seed": self.seed,
-            "update_size": self.update_size,
-            "shards": self.shards,
-            "flavor": self.spec.name,
-            "layout": self.layout.describe(),
-            "torch": torch.__version__,
             "is_evaluated": not self.must_evaluate,
             "spike_window": self.guard.state(),
             "save_seconds": self.checkpointer.longest_save,
-            "config": asdict(self.config),
         }
         self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema, to_save=True), state)
         self.saved_step = self.step
@@ -280,7 +259,8 @@ class FluxTrainer:
         before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
         with region("optimizer"):
             step_unless(self.optimizer, skip)
-        self.update_ratios = update_ratios(self.watched, before) if before else {}
+        ratios = update_ratios(self.watched, before) if before else {}
+        self.update_ratios = {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
@@ -292,7 +272,8 @@ class FluxTrainer:
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to training.max_norm; their norm before that."""
-        norm, self.grad_norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
+        norm, norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
+        self.grad_norms = {f"grad_norm/{name}": own for name, own in norms.items()}
         return norm
 
     def train(self, after_step: Callable[[], object] = lambda: None) -> None:
@@ -307,7 +288,7 @@ class FluxTrainer:
         if self.step >= self.config.training.steps:
             log.info("all %d steps are done already: to go on, raise training.steps", self.config.training.steps)
         self.report.start(self.step)
-        with self.stop if self.checkpointer.saves else nullcontext():
+        with self.guard.stop if self.checkpointer.saves else nullcontext():
             self._take_steps(after_step)
         self._finish()
 
@@ -315,7 +296,7 @@ class FluxTrainer:
         steps = self.config.training.steps
         batches = islice(self.loader, (steps - self.step) * self.accumulation)
         reached = self.must_evaluate and self._evaluate()
-        self.watchdog.expect("the first step", self.config.reliability.phase_limit_seconds, self.step)
+        self.guard.limit_phase("the first step", self.step)
         while not reached and self.step < steps and self.guard.stop_reason is None:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
@@ -328,11 +309,12 @@ class FluxTrainer:
                 self._log_step(loss, grad_norm, float(lr))
             with self.timer.paused():
                 after_step()
+                self.guard.check_replicas(self.step, partial(weight_bits, self.model, self.optimizer))
                 reached = self._evaluate()
                 if self._must_save(reached):
                     self.save()
                     self.guard.poll()
-            self._limit_step()
+            self.guard.limit_step(self.step)
         self.guard.tell(self.step + 1)
         self.report.close()
         if self.guard.stop_reason and not reached:
@@ -340,15 +322,6 @@ class FluxTrainer:
                 self.save()
             self.checkpointer.finish()
             raise Preempted(f"{self.guard.stop_reason}: saved step {self.step}, the same command goes on from there")
-
-    def _limit_step(self) -> None:
-        """The next step may take so long. Who waits for other ranks waits longer, so that the watchdog names them."""
-        section, timeout = self.config.reliability, self.config.comm.train_timeout_seconds
-        limit = self.watchdog.expect_step(self.step, section.step_limit_seconds, self.least_step_seconds)
-        patience = max(timeout, limit + 30) if section.watchdog else timeout
-        if patience > self.patience:  # at first it was that of the first step, which may compile
-            self.patience = patience
-            self.layout.set_timeout(patience)
 
     def _evaluate(self) -> bool:
         """Validates and draws where that is due. Whether validation.target_loss is reached."""
@@ -365,7 +338,7 @@ class FluxTrainer:
 
     def poll(self) -> bool:
         """Between two batches of an evaluation: whether the run is to stop. All ranks must call it."""
-        self.watchdog.expect("an evaluation", self.config.reliability.phase_limit_seconds, self.step)
+        self.guard.limit_phase("an evaluation", self.step)
         return self.checkpointer.saves and self.guard.poll()
 
     def _after_change(self) -> None:
@@ -384,7 +357,7 @@ class FluxTrainer:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
         self.checkpointer.finish()
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
-        self.watchdog.expect("the export of the weights", section.timeout_seconds + 60, self.step)
+        self.guard.limit_writing("the export of the weights", self.step)
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
             for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
@@ -396,9 +369,7 @@ class FluxTrainer:
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Puts the figures of this step on their way, for which the host does not wait."""
-        norms = {f"grad_norm/{name}": norm for name, norm in self.grad_norms.items()}
-        ratios = {f"update_ratio/{name}": ratio for name, ratio in self.update_ratios.items()}
-        figures = {"grad_norm": grad_norm, **norms, **ratios}
+        figures = {"grad_norm": grad_norm, **self.grad_norms, **self.update_ratios}
         overdue = self.checkpointer.is_overdue()
         self.report.send(self.step, self.cursor, self.loss_parts, loss, figures, lr, overdue)
 
@@ -411,18 +382,11 @@ def main(argv: list[str]) -> None:
         if config.comm.mode == "fake_backend":
             raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
         apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
+        problems = look_alone(config, os.environ)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
-        check_machine(config, layout.device.type)
-        check_memory(config, layout)
-        resumable = config.checkpoint.folder if config.checkpoint.enable else None
-        claim = partial(claim_run_folder, config.job.dump_folder, resumable)
-        end.folder = Path(layout.from_rank_0("folder", claim))
-        if end.folder != Path(config.job.dump_folder):
-            log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
-        end.resumes = config.checkpoint.saves
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            announce_folder(end.folder)
+        check_run(config, layout, problems)
+        end.folder, end.resumes = enter_run_folder(config, layout), config.checkpoint.saves
         watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
         watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):

@@ -49,11 +49,13 @@ class Found:
     Args:
         train_state: of the run that goes on; empty: only the weights are taken.
         excluded: parts that start anew (checkpoint.exclude_from_loading).
+        is_own: of the run itself; else it is from elsewhere.
     """
 
     path: Path
     train_state: Mapping[str, Any]
     excluded: frozenset[str]
+    is_own: bool = False
 
     @property
     def step(self) -> int:
@@ -185,7 +187,7 @@ class Checkpointer:
                 f"checkpoint.exclude_from_loading=train_state would start at step 0 again, before {path}: do it in "
                 f"another job.dump_folder with checkpoint.initial_load_path={path}"
             )
-        return Found(path, state, excluded)
+        return Found(path, state, excluded, is_own=True)
 
     def _find_step(self, wanted: int, steps: list[int]) -> Found:
         path = step_path(self._folder, wanted)

@@ -14,6 +14,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 _PART = 2**24  # numbers that are 64 bits wide at a time
 
 
+class ReplicasDiffer(RuntimeError):
+    """Replicas of the weights have not the same bits."""
+
+
 class Deviation(NamedTuple):
     """A rank whose part of a tensor has other bits than the same part in other replicas."""
 
