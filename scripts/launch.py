@@ -46,6 +46,7 @@ LOOK_SECONDS = 0.1
 NOTICE_SECONDS = 0.5  # from one look at what other machines say to the next
 # For the others once a rank is dead: to say what they know, and no more. It is longer than a watchdog's look at stacks.
 PEER_SECONDS = 5.0
+STOPPED = (exit_codes.PREEMPTED, exit_codes.TERMINATED)
 # The reasons of a rank count more than the signals that other ranks die of; a traceback may only be their consequence.
 REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED, exit_codes.CHECKPOINT, exit_codes.HANG)
 
@@ -261,7 +262,7 @@ class Launcher:
         end = explain(record, self._failed, self._stopped, self._grace, stacks, self._elsewhere)
         if end.rank is not None:
             told = RunEnd(end.rank, folder, record["step"] if record else 0)
-            write_exit_record(told, end.code, end.text, end.text, replaced=(exit_codes.ERROR,))
+            write_exit_record(told, end.code, end.text, end.text, replaced=(exit_codes.ERROR, *STOPPED))
         return end.code, end.text
 
 
@@ -295,6 +296,9 @@ def explain(
         return End(record["code"], record["text"])
     if stopped:
         return _explain_stop(record, failed, stopped, grace)
+    first_code = next(iter(failed.values())).exit_code if failed else exit_codes.OK
+    if record is not None and record["code"] in STOPPED and (elsewhere or record["code"] != first_code):
+        record = None  # of a rank that the launcher has stopped since another one had failed
     for rank, end in failed.items():
         if end.exit_code < 0 and not end.is_ours:
             name = signal.Signals(-end.exit_code).name
