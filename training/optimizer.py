@@ -64,7 +64,8 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         return
     # torch would copy it to the CPU without waiting until it is there.
     places = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
-    optimizer.grad_scale, optimizer.found_inf = None, skip.cpu() if "cpu" in places else skip  # type: ignore[attr-defined]
+    found_inf = skip.to("cpu") if "cpu" in places else skip
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
