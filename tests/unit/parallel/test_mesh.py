@@ -21,7 +21,7 @@ def talk(rank: int, world_size: int) -> dict:
         "described": layout.describe(),
         "any": [layout.any(rank == 3), layout.any(False)],
         "texts": layout.gather_texts("words", f"rank {rank}" if rank else ""),
-        "in time": layout.gather_texts("in time", "rank 0", 0.3) if rank == 0 else late_texts(layout, rank),
+        "in time": layout.gather_texts("in time", "rank 0", 1.0) if rank == 0 else late_texts(layout, rank),
     }
     aside = layout.make_cpu_group(700)
     layout.set_timeout(60)
@@ -36,7 +36,7 @@ def talk(rank: int, world_size: int) -> dict:
 
 
 def late_texts(layout: Layout, rank: int) -> list[str]:
-    return [] if rank == 2 else layout.gather_texts("in time", f"rank {rank}", 0.3)
+    return [] if rank == 2 else layout.gather_texts("in time", f"rank {rank}", 1.0)
 
 
 def fail() -> str:
