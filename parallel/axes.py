@@ -14,7 +14,7 @@ SECONDS = 60.0  # for one of them: the first on a GPU sets up the connections
 SPARE_SECONDS = 5.0  # for the answers of ranks that have waited as long as this one
 WEIGHT_AXES, SAMPLE_AXES = ("dp_replicate", "fsdp", "tp"), ("dp", "cp")
 ALL = "all"
-OK = "ok"
+OK, LATE = "ok", "did not end in time"
 
 
 def list_groups(layout: Layout) -> dict[str, ProcessGroup]:
@@ -72,7 +72,7 @@ def _try(layout: Layout, group: ProcessGroup, seconds: float) -> tuple[str, bool
     thread = threading.Thread(target=reduce, name="all-reduce", daemon=True)
     thread.start()
     thread.join(seconds)
-    return outcomes[0] if outcomes else (f"did not end within {seconds:g} s", False)
+    return outcomes[0] if outcomes else (LATE, False)
 
 
 def _explain(answers: Sequence[str], machines: Sequence[str]) -> str:
@@ -85,7 +85,8 @@ def _explain(answers: Sequence[str], machines: Sequence[str]) -> str:
     if not faults:
         return f"the all-reduces along the axes did not end: {missing}: look at that machine, or leave it out"
     order = [*WEIGHT_AXES, *SAMPLE_AXES, ALL]
-    axis, ranks, outcome = min(faults, key=lambda fault: (order.index(fault[0]), fault[1]))
+    # Of one axis, what a rank has seen says more than that others have waited for it.
+    axis, ranks, outcome = min(faults, key=lambda fault: (order.index(fault[0]), fault[2] == LATE, fault[1]))
     what = "of all ranks" if axis == ALL else f"along {axis}"
     return (
         f"an all-reduce {what}, {_name(ranks, machines)}, {outcome}{f', and {missing}' if missing else ''}: look at "

@@ -221,7 +221,7 @@ def find_other_clocks(reports: Sequence[Report], sights: Sequence[Sight]) -> lis
     wrong = [rank for rank, seconds in enumerate(ahead) if abs(seconds) > CLOCK_SECONDS]
     return [
         f"the clock of {describe_machines(reports, ranks)} is {abs(ahead[ranks[0]]):.0f} s "
-        f"{'ahead of' if ahead[ranks[0]] > 0 else 'behind'} that of {reports[0].host} (rank 0), and so are times in "
-        "logs: let all machines ask a time server"
+        f"{'ahead of' if ahead[ranks[0]] > 0 else 'behind'} that of {reports[0].host} (rank 0): "
+        "let all machines ask a time server, or the times in their logs mean little"
         for ranks in group_by_machine(reports, wrong).values()
     ]

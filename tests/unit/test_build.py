@@ -54,6 +54,15 @@ def test_a_seed_is_not_made_of_a_run_that_goes_on():
     assert find_start(config_of(), checkpointer_that_finds("flux-tiny", step=3))
 
 
+def test_weights_to_start_from_are_looked_at_before_anything_is_built(tmp_path):
+    """Only where a run starts from them: one that goes on has no need of them any more."""
+    missing = ["--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={tmp_path / 'flux1.safetensors'}"]
+    with pytest.raises(ValueError, match=r"flux1\.safetensors"):
+        find_start(config_of(*missing), SimpleNamespace(find=lambda: None))  # type: ignore[arg-type]
+    assert find_start(config_of(*missing), checkpointer_that_finds("flux-tiny", step=3))
+    assert find_start(config_of(), SimpleNamespace(find=lambda: None)) is None  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_of_another_flavor_is_named():
     with pytest.raises(ValueError, match=r"old/step-3 holds a flux-schnell .* but model\.flavor='flux-tiny'"):
         find_start(config_of(), checkpointer_that_finds("flux-schnell", step=3))

@@ -7,7 +7,7 @@ import pytest
 
 from config.job_config import JobConfig
 from config.parse import parse
-from config.resume import find_changes, restore_config, settle_seed
+from config.resume import find_changes, find_version_changes, restore_config, settle_seed
 
 COMMAND = [
     "--training.img_size=64",
@@ -133,3 +133,10 @@ def test_more_processes_that_make_a_larger_update_are_told():
         "samples per update 8 -> 16 (training.global_batch_size keeps them)"
     ]
     assert find_changes({}, parse([])[0], update_size=16) == []  # only the weights of another run
+
+
+def test_other_versions_than_then():
+    saved = {"versions": {"torch": "2.12.0", "numpy": "2.4.6", "driver": "580"}}
+    now = {"torch": "2.13.0", "numpy": "2.4.6", "pillow": "13.0.0"}
+    assert find_version_changes(saved, now) == ["torch 2.12.0 -> 2.13.0"]
+    assert find_version_changes({}, now) == []  # only the weights of another run

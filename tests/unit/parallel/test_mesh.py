@@ -21,6 +21,7 @@ def talk(rank: int, world_size: int) -> dict:
         "described": layout.describe(),
         "any": [layout.any(rank == 3), layout.any(False)],
         "texts": layout.gather_texts("words", f"rank {rank}" if rank else ""),
+        "in time": layout.gather_texts("in time", "rank 0", 1.0) if rank == 0 else late_texts(layout, rank),
     }
     aside = layout.make_cpu_group(700)
     layout.set_timeout(60)
@@ -32,6 +33,10 @@ def talk(rank: int, world_size: int) -> dict:
         told["failure"] = repr(error)
     told["first"] = layout.is_first_to_fail()
     return told
+
+
+def late_texts(layout: Layout, rank: int) -> list[str]:
+    return [] if rank == 2 else layout.gather_texts("in time", f"rank {rank}", 1.0)
 
 
 def fail() -> str:
@@ -49,6 +54,7 @@ def test_four_ranks():
         assert told["timeouts"] == [60, 60, 700]  # training's own groups only
     assert all(told["any"] == [True, False] for told in ranks)
     assert [told["texts"] for told in ranks] == [["", "rank 1", "rank 2", "rank 3"], [], [], []]
+    assert [told["in time"] for told in ranks] == [["rank 0", "rank 1", "", "rank 3"], [], [], []]
     assert [told["failure"] for told in ranks] == ["ValueError('no folder')"] + ["SystemExit(1)"] * 3
     assert sorted(told["first"] for told in ranks) == [False, False, False, True]
 

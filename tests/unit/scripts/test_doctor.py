@@ -10,14 +10,11 @@ import torch
 
 import scripts.doctor as doctor
 from config.parse import parse
-from flux.model import FluxTransformer
-from flux.spec import SPECS
 from runtime.requirements import Requirement
 from scripts.doctor import GIB, Case, Finding, examine, main
 
 ROOT = Path(__file__).parents[3]
 Usage = namedtuple("Usage", "total used free")
-DEV = SPECS["flux-dev"].transformer
 
 
 def case(*options: str, world_size: int | None = None) -> Case:
@@ -102,11 +99,10 @@ def test_a_compiler_that_is_missing_is_an_error_where_it_is_asked_for(monkeypatc
     assert finding.level == "error" and "install g" in finding.fix
 
 
-def test_encoders_that_are_not_there():
+def test_what_a_run_looks_at_is_looked_at_here():
     run = case("--encoder.t5_encoder=google/t5-v1_1-xxl", "--encoder.autoencoder_path=no/ae.safetensors")
-    t5, _, autoencoder = doctor.find_encoders(run)
-    assert t5.level == autoencoder.level == "error"
-    assert "download_assets --assets t5" in t5.fix and "download_assets --assets autoencoder" in autoencoder.fix
+    levels = {(finding.name, finding.level) for finding in doctor.find_for_run(run)}
+    assert {("run folder", "ok"), ("disk", "ok"), ("encoders", "ok"), ("encoders", "error")} == levels
 
 
 def test_little_shared_memory(monkeypatch, tmp_path):
@@ -135,7 +131,7 @@ def test_on_which_file_system_a_run_writes(monkeypatch, tmp_path, folder, kind):
     (shared / "own disk").mkdir(parents=True)
     (tmp_path / "mounts").write_text(MOUNTS.format(shared))
     monkeypatch.setattr(doctor, "MOUNTS", tmp_path / "mounts")
-    finding = only(doctor.find_folder(case(f"--job.dump_folder={shared / folder}")))
+    finding = only(doctor.find_file_system(case(f"--job.dump_folder={shared / folder}")))
     assert finding.level == "ok" and f"is on {kind}" in finding.found
     assert ("other machines can see" in finding.found) == (kind == "nfs4")
 
@@ -144,61 +140,9 @@ def test_several_machines_need_a_shared_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_gpu_count", lambda: 8)
     monkeypatch.setattr(doctor, "_file_system", lambda place: "xfs")
     options = (f"--job.dump_folder={tmp_path}", "--training.global_batch_size=-1")
-    assert only(doctor.find_folder(case(*options, world_size=8))).level == "ok"
-    finding = only(doctor.find_folder(case(*options, world_size=16)))
+    assert only(doctor.find_file_system(case(*options, world_size=8))).level == "ok"
+    finding = only(doctor.find_file_system(case(*options, world_size=16)))
     assert finding.level == "warning" and "all machines share" in finding.fix
-
-
-def test_a_folder_that_may_not_be_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)  # root may write everywhere
-    finding = only(doctor.find_folder(case(f"--job.dump_folder={tmp_path / 'run'}")))
-    assert finding.level == "error" and str(tmp_path) in finding.found
-
-
-def test_room_for_checkpoints(monkeypatch):
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in FluxTransformer(DEV).parameters())
-    options = ["--model.flavor=flux-dev", "--encoder.t5_encoder=x", "--checkpoint.enable", "--training.steps=1000"]
-    options += ["--checkpoint.interval=100", "--checkpoint.keep_latest_k=2", "--ema.enable=false"]
-    needed = 3 * 12 * parameters + 4 * parameters  # two, a new one beside them, and the weights at the end
-    for free, level in ((needed, "ok"), (needed - 1, "error")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
-        finding = only(doctor.find_disk(case(*options)))
-        assert finding.level == level and f"3 checkpoints of {12 * parameters / GIB:,.2f} GiB" in finding.found
-
-
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        (["--checkpoint.interval=300"], 4),  # the last step is saved too
-        (["--checkpoint.interval=5000"], 1),
-        (["--checkpoint.interval=1000", "--checkpoint.enable_first_step_checkpoint"], 2),
-        (["--checkpoint.interval=500", "--checkpoint.keep_latest_k=1", "--checkpoint.keep_every=7"], 2),
-        (["--checkpoint.interval=500", "--checkpoint.keep_every=500"], 2),  # each is there once
-        (["--checkpoint.interval=100", "--checkpoint.load_only"], 0),
-    ],
-)
-def test_checkpoints_are_counted_as_they_are_saved(options, count):
-    finding = only(doctor.find_disk(case("--checkpoint.enable", "--training.steps=1000", *options)))
-    assert f"; {count} checkpoints of" in finding.found
-
-
-@pytest.mark.parametrize(
-    ("dtype", "state_dtype", "rounding", "size"),
-    [
-        ("float32", "bfloat16", "remainder", 8),
-        ("bfloat16", "float32", "remainder", 12),
-        ("bfloat16", "bfloat16", "stochastic", 6),
-    ],
-)
-def test_a_checkpoint_in_fewer_bytes_takes_less_room(dtype, state_dtype, rounding, size):
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in FluxTransformer(DEV).parameters())
-    options = ["--model.flavor=flux-dev", "--encoder.t5_encoder=x", "--checkpoint.enable", "--ema.enable=false"]
-    formats = [f"--training.dtype={dtype}", f"--optimizer.state_dtype={state_dtype}"]
-    formats += [f"--optimizer.bf16_rounding={rounding}", "--training.mixed_precision_param=bfloat16"]
-    finding = only(doctor.find_disk(case(*options, *formats)))
-    assert f"checkpoints of {size * parameters / GIB:,.2f} GiB" in finding.found
 
 
 def test_a_check_that_fails_itself_ends_nothing(monkeypatch):
