@@ -88,7 +88,7 @@ class StepGuard:
 
     def note(self, raw: RawBatch) -> None:
         """A batch is a part of the update that will be judged next."""
-        self._samples += zip(raw.position_B.tolist(), raw.keys, strict=True)
+        self._samples += raw.samples
 
     @torch.no_grad()
     def judge(self, step: int, first_position: int, loss: Tensor, grad_norm: Tensor) -> Tensor:

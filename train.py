@@ -40,6 +40,7 @@ from build import (
     export_weights,
     find_start,
     measure_peaks,
+    read_versions,
     start_weights,
     take_over,
     warn_of_tiny_autoencoder,
@@ -48,7 +49,7 @@ from build import (
 from checkpoint.errors import CheckpointError
 from config.job_config import JobConfig
 from config.parse import load_config
-from config.resume import find_changes, settle_seed
+from config.resume import find_changes, find_version_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import EvaluationStopped, Evaluator
 from flux.batch import EncodedBatch, RawBatch
@@ -168,7 +169,8 @@ class FluxTrainer:
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         check_grace(saved.get("save_seconds", 0.0))
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
-        if changes := find_changes(saved, config, self.update_size):
+        changes = find_changes(saved, config, self.update_size) + find_version_changes(saved, read_versions())
+        if changes:
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
 
     def save(self) -> None:

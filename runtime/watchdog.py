@@ -53,6 +53,7 @@ class Watchdog:
         self._deadline: float | None = None
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
         self._step_began: float | None = None
+        self._telling = False
         if not enabled:
             return
         assert end.folder is not None
@@ -94,6 +95,8 @@ class Watchdog:
 
     def close(self) -> None:
         """The run has ended: there is nothing to watch, and no stacks to keep."""
+        if self._telling:  # others have ended meanwhile, and this rank with them: the word is the watchdog's
+            self._thread.join()
         self._deadline = self._step_began = None
         if self._file is None:
             return
@@ -132,6 +135,7 @@ class Watchdog:
         self._end_run()
 
     def _end_run(self) -> None:
+        self._telling = True
         file = self._file
         if file is None:  # it has just ended by itself
             return

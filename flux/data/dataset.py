@@ -301,7 +301,7 @@ def collate(items: list[Item | DataError]) -> RawBatch | DataError:
         t5_mask_BL=stack("t5_mask_L"),
         pooled_BV=stack("pooled_V"),
         captions=[item.caption for item in good],
-        keys=[item.key for item in good],
+        samples=[(item.slot.position, item.key) for item in good],
         uncaptioned_B=torch.tensor([item.uncaptioned for item in good]),
         position_B=torch.tensor([item.slot.position for item in good]),
         counts_B=None if all(counts) else torch.tensor(counts, dtype=torch.float32),

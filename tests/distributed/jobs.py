@@ -26,12 +26,13 @@ class Fault:
 
     Args:
         kind: name of a method of `Faults`.
-        step: number of the step.
+        step: number of the step; 0: the first one that begins after `seconds` of steps.
     """
 
     kind: str
-    step: int
+    step: int = 0
     rank: int = 1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,15 @@ class Faults:
         self._folder, self._faults = folder, faults
 
     def install(self, trainer_class: type) -> None:
-        train_step = trainer_class.train_step
+        train_step, first = trainer_class.train_step, None
 
         def faulty_step(trainer, batches):
+            nonlocal first
+            first = first or time.monotonic()
             for number, fault in enumerate(self._faults):
                 mark = self._folder / f"fault-{fault.rank}-{number}-{fault.kind}"
-                if fault.step == trainer.step + 1 and not mark.exists():
+                is_due = fault.step == trainer.step + 1 if fault.step else time.monotonic() > first + fault.seconds
+                if is_due and not mark.exists():
                     mark.touch()
                     getattr(self, fault.kind)(trainer)
             return train_step(trainer, batches)
@@ -175,6 +179,27 @@ class Faults:
             return errors(*arguments, **named) * float("nan")
 
         trainer.errors = spoiled
+
+    def leave_out(self, trainer) -> None:
+        """This update is made by nobody."""
+        import train
+
+        originals = {name: getattr(train, name) for name in ("step_unless", "update_ema")}
+        for name in originals:
+
+            def nothing(*arguments, name=name):
+                setattr(train, name, originals[name])
+
+            setattr(train, name, nothing)
+
+    def flip(self, trainer) -> None:
+        """One bit of one weight is another one."""
+        import torch
+
+        from parallel.shards import local_part
+
+        with torch.no_grad():
+            local_part(next(trainer.model.parameters())).view(torch.int32).flatten()[0] ^= 2**12
 
     def fill_disk(self, trainer) -> None:
         """From here on, no file of this process may grow beyond some kilobytes."""

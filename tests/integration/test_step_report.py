@@ -45,28 +45,39 @@ def test_a_row_is_written_when_the_next_step_has_been_taken(tmp_path):
     assert [step for step, _ in rows(tmp_path)] == [1, 2, 3, 4]
 
 
-def train_until(trainer: FluxTrainer, broken: int) -> int:
-    """Lets the loss of one step be no number. Returns the step in which the run ended."""
+def train_until(trainer: FluxTrainer, *broken: int) -> int:
+    """Lets the loss of some steps be no number, the last one too many. Returns the step in which the run ended."""
     forward_backward = trainer.forward_backward
 
     def breaking(batches):
         loss = forward_backward(batches)
-        return loss * math.nan if trainer.step + 1 == broken else loss
+        return loss * math.nan if trainer.step + 1 in broken else loss
 
     trainer.forward_backward = breaking
-    with pytest.raises(FloatingPointError, match=f"^step {broken}: the loss is nan: lower optimizer.lr"):
+    with pytest.raises(FloatingPointError, match=f"^step {broken[-1]}: loss or gradients were no numbers in .* lower"):
         trainer.train()
     return trainer.step
 
 
+ONE = "--reliability.max_nonfinite=1"
+
+
 def test_a_loss_that_is_no_number_is_found_one_step_later(tmp_path):
-    assert train_until(build(tmp_path, "--validation.enable=false"), 2) == 3
-    assert [step for step, _ in rows(tmp_path)] == [1, 2]
+    assert train_until(build(tmp_path, "--validation.enable=false", ONE), 2) == 3
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_only_those_in_a_row_count(tmp_path):
+    options = ["--validation.enable=false", "--training.steps=9", "--reliability.max_nonfinite=3"]
+    assert train_until(build(tmp_path, *options), 1, 2, 4, 6, 7, 8) == 9
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("nonfinite")] == [1, 2, 4, 6, 7, 8]
 
 
 @pytest.mark.parametrize("broken", [2, 4])
 def test_a_loss_that_is_no_number_is_found_before_it_is_saved(tmp_path, broken):
-    trainer = build(tmp_path, "--validation.enable=false", "--checkpoint.enable", "--checkpoint.interval=2")
+    trainer = build(tmp_path, "--validation.enable=false", ONE, "--checkpoint.enable", "--checkpoint.interval=2")
     assert train_until(trainer, broken) == broken
     trainer.checkpointer.close()
     saved = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
@@ -74,7 +85,7 @@ def test_a_loss_that_is_no_number_is_found_before_it_is_saved(tmp_path, broken):
 
 
 def test_a_loss_that_is_no_number_is_found_before_validation(tmp_path):
-    assert train_until(build(tmp_path, "--validation.freq=2", "--validation.eval_freq=0"), 2) == 2
+    assert train_until(build(tmp_path, "--validation.freq=2", "--validation.eval_freq=0", ONE), 2) == 2
     assert rows(tmp_path) == [(1, "loss"), (2, "loss")]
 
 

@@ -24,7 +24,7 @@ DIVIDING = {
     "parallelism.tensor_parallel_degree",
 }
 NEEDING_OTHERS = {"checkpoint.folder", "checkpoint.create_seed_checkpoint", "checkpoint.initial_load_in_hf"}
-NEEDING_OTHERS |= {"compile.cuda_graph"}
+NEEDING_OTHERS |= {"compile.cuda_graph", "reliability.stop_after_minutes"}
 
 
 def values_of(key: Key) -> st.SearchStrategy:

@@ -1,0 +1,201 @@
+"""Faults that happen to whole jobs, and what an operator sees of them: docs/reliability.md has the table."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.steps import find_steps
+from tests.distributed.jobs import Fault, await_job, run_job, start_job
+from tests.distributed.legs import read_tensors
+
+DEATH_SECONDS = 10.0  # from the death of a rank to the end of the job
+HANG_SECONDS = 5.0  # beyond the limit
+STOP_SECONDS = 10.0  # from SIGTERM to the end
+LIMIT = 3.0  # of a step
+STEPS = 8
+SAVES = ["--checkpoint.enable", "--checkpoint.interval=4"]
+WATCHED = [f"--reliability.step_limit_seconds={LIMIT:g}", f"--training.steps={STEPS}", *SAVES]
+
+STOPS = int(os.environ.get("STOPS", "20"))
+SOAK_STEPS = int(os.environ.get("SOAK_STEPS", "60"))
+SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "4"))  # from one fault to the next
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+
+pytestmark = pytest.mark.slow
+
+
+def last_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    steps = find_steps(folder / "run" / "checkpoint")
+    return read_tensors(steps[max(steps)])
+
+
+def differences(folder: Path, other: Path) -> list[str]:
+    mine, theirs = last_tensors(folder), last_tensors(other)
+    assert mine.keys() == theirs.keys()
+    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("kill", "rank 1 on {host} was ended by SIGKILL"),
+        ("crash", "rank 1 on {host} was ended by SIGSEGV"),
+        ("fail", ""),
+    ],
+)
+def test_the_death_of_a_rank(tmp_path, kind, words):
+    end = run_job(tmp_path, 2, *WATCHED, faults=[Fault(kind, 6)])
+    assert end.code == 1 and end.seconds < DEATH_SECONDS
+    assert end.record["rank"] == 1 and end.record["resumable"] and end.record["step"] == 5
+    expected = words.format(host=os.uname().nodename) or "RuntimeError: shapes differ"
+    assert end.record["reason"].startswith(expected)
+    assert expected in end.told
+    assert list(find_steps(tmp_path / "run" / "checkpoint")) == [4], "what was saved is there"
+
+
+@pytest.mark.parametrize("kind", ["hang", "hold", "stop"])
+def test_a_rank_that_stands_still(tmp_path, kind):
+    end = run_job(tmp_path, 2, *WATCHED, faults=[Fault(kind, 6)])
+    assert end.code == 6 and end.record["rank"] == 1 and end.record["resumable"]
+    assert end.seconds < LIMIT + HANG_SECONDS
+    assert end.told.startswith("hang: rank 1 on ") and end.record["host"] == os.uname().nodename
+    stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
+    assert "all_gather" in stacks["rank-0.txt"] or "all_reduce" in stacks["rank-0.txt"], "the other one waited"
+    if kind != "stop":
+        assert f" in {kind}" in stacks["rank-1.txt"] and f" in {kind}" in end.told
+
+
+def test_control_a_slow_rank_ends_nothing(tmp_path):
+    end = run_job(tmp_path, 2, *WATCHED, faults=[Fault("dawdle", 6)])
+    assert (end.code, end.told) == (0, "") and not (tmp_path / "run" / "stacks").exists()
+
+
+NAN = ["--training.steps=6", "--ema.enable", "--checkpoint.enable", "--checkpoint.interval=6", "--metrics.log_freq=1"]
+
+
+def test_numbers_of_one_rank_that_went_bad(tmp_path):
+    """The same bits as in a run that leaves out that update and no other."""
+    end = run_job(tmp_path / "bad", 2, *NAN, faults=[Fault("nan", 3)])
+    assert end.code == 0
+    left_out = [Fault("leave_out", 3, rank) for rank in range(2)]
+    assert run_job(tmp_path / "without", 2, *NAN, faults=left_out).code == 0
+    assert differences(tmp_path / "bad", tmp_path / "without") == []
+    assert run_job(tmp_path / "clean", 2, *NAN).code == 0
+    assert differences(tmp_path / "bad", tmp_path / "clean"), "control: the update counts"
+    record = json.loads((tmp_path / "bad" / "run" / "incidents" / "step-000003.json").read_text())
+    assert record["kind"] == "nonfinite" and record["skipped"] and record["loss"] == "nan"
+    assert [rank["loss"] == "nan" for rank in record["ranks"]] == [False, True]
+    assert [position for rank in record["ranks"] for position, _ in rank["samples"]] == [8, 9, 10, 11]
+    assert "not finite on rank 1 of 2" in (tmp_path / "bad" / "log-0").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "bad" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [3]
+
+
+def test_numbers_that_stay_bad(tmp_path):
+    faults = [Fault("nan", step) for step in (5, 6, 7)]
+    end = run_job(tmp_path, 2, "--training.steps=20", *SAVES, faults=faults)
+    assert end.code == 4 and not end.record["resumable"]
+    assert end.record["reason"].startswith("step 7: loss or gradients were no numbers in 3 updates in a row")
+    assert list(find_steps(tmp_path / "run" / "checkpoint")) == [4], "nothing is saved after it"
+
+
+REPLICAS = ["--parallelism.data_parallel_replicate_degree=3", "--reliability.compare_replicas_freq=4"]
+
+
+def test_one_wrong_bit_in_one_of_three_replicas(tmp_path):
+    end = run_job(tmp_path, 3, "--training.steps=20", *REPLICAS, faults=[Fault("flip", 2)])
+    assert end.code == 4 and not end.record["resumable"]
+    assert end.record["reason"].startswith("step 4: rank 1 differs from the other replicas, first in ")
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    end = run_job(tmp_path, 2, "--training.steps=500", *SAVES, faults=[Fault("term", 6)])
+    assert end.code == 75 and end.seconds < STOP_SECONDS
+    saved = max(find_steps(tmp_path / "run" / "checkpoint"))
+    assert saved in (6, 7) and end.record["step"] == saved
+    assert end.record["reason"] == f"SIGTERM: saved step {saved}, the same command goes on from there"
+    assert end.record["rank"] is None and end.record["resumable"] and end.record["save_seconds"] > 0
+
+
+def test_the_time_is_over(tmp_path):
+    end = run_job(tmp_path, 1, "--training.steps=5000", *SAVES, "--reliability.stop_after_minutes=0.0001")
+    assert end.code == 75 and end.record["reason"].startswith("reliability.stop_after_minutes have passed: saved step")
+
+
+BUSY = [
+    *("--training.steps=150", "--checkpoint.enable", "--checkpoint.interval=3", "--checkpoint.keep_latest_k=2"),
+    *("--validation.enable=true", "--validation.freq=4", "--validation.eval_freq=8", "--ema.enable"),
+]
+
+
+def test_sigterm_at_random_moments(tmp_path):
+    """In steps, saves, validation, drawing and the building of the run, and again after each resume."""
+    draw, stops, saved = random.Random(SEED), 0, 0
+    seconds = []
+    while stops < STOPS:
+        mode = f"--checkpoint.async_mode={draw.choice(['disabled', 'async'])}"
+        launcher = start_job(tmp_path / "stopped", 2, *BUSY, mode)
+        in_build = stops % 5 == 4
+        run = tmp_path / "stopped" / "run"
+        deadline = time.monotonic() + 60
+        while not (in_build and (run / "run.lock").exists()) and not (run / "stacks" / "rank-1.txt").exists():
+            assert time.monotonic() < deadline and launcher.exitcode is None
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3 if in_build else 3))
+        if launcher.exitcode is None:
+            os.kill(launcher.pid, signal.SIGTERM)
+        began = time.monotonic()
+        end = await_job(launcher, tmp_path / "stopped")
+        seconds.append(time.monotonic() - began)
+        if end.code == 0:
+            break
+        stops += 1
+        steps = find_steps(run / "checkpoint")
+        assert end.code == 75 and end.record["resumable"], (end, stops)
+        assert max(steps, default=0) >= saved and end.record["step"] in (max(steps, default=0), 0), end
+        saved = max(steps, default=0)
+    assert stops == STOPS, f"the run was over after {stops} stops: SIGTERM must come earlier"
+    assert max(seconds) < STOP_SECONDS
+    assert run_job(tmp_path / "stopped", 2, *BUSY).code == 0
+    assert run_job(tmp_path / "straight", 2, *BUSY).code == 0
+    print(f"{stops} stops, the last one at step {saved}, longest {max(seconds):.1f} s")
+    assert differences(tmp_path / "stopped", tmp_path / "straight") == []
+
+
+KINDS = ("kill", "crash", "stop", "hang", "hold", "fail", "term", "dawdle")
+SOAK = [
+    *(
+        f"--training.steps={SOAK_STEPS}",
+        "--checkpoint.enable",
+        "--checkpoint.interval=5",
+        "--checkpoint.keep_latest_k=2",
+    ),
+    *("--training.local_batch_size=1", f"--reliability.step_limit_seconds={LIMIT:g}"),
+]
+
+
+def test_a_soak(tmp_path):
+    """A fault of a random kind on a random rank every few seconds, and a job system that starts the run again."""
+    draw, codes, world = random.Random(SEED), [], 4
+    while not codes or codes[-1] != 0:
+        assert codes.count(codes[-1] if codes else 0) < 50, codes
+        for mark in (tmp_path / "soaked").glob("fault-*"):
+            mark.unlink()
+        faults = [
+            Fault(draw.choice(KINDS), rank=draw.randrange(world), seconds=SOAK_SECONDS * draw.uniform(0.5, 1.5))
+            for _ in range(1)
+        ]
+        end = run_job(tmp_path / "soaked", world, *SOAK, faults=faults)
+        assert end.code in (0, 1, 6, 75), end
+        assert end.code == 0 or end.record["resumable"]
+        codes.append(end.code)
+    print(f"{len(codes)} starts, codes {codes}")
+    assert len(codes) > 2
+    assert run_job(tmp_path / "straight", world, *SOAK).code == 0
+    assert differences(tmp_path / "soaked", tmp_path / "straight") == []
