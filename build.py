@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ from parallel.gradients import group_by_mesh
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, check_techniques, parallelize
 from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
+from runtime.exit_record import announce_folder
 from runtime.hardware import find_accelerator
+from runtime.preflight import read_package_versions
+from runtime.run_folder import claim_run_folder
+from training.ema import build_ema
 from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
 from training.number_formats import merge, split_into
 from training.optimizer import build_optimizer as build_section_optimizer
@@ -259,6 +264,34 @@ def checkpoint_tensors(
     return slices
 
 
+def take_over(
+    config: JobConfig,
+    checkpointer: Checkpointer,
+    found: Found | None,
+    model: FluxTransformer,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights.
+
+    Args:
+        weights: the model's, in full precision.
+    """
+    ema: dict[str, Tensor] = {}
+    if config.ema.enable and found and found.holds("ema"):
+        ema = build_ema(weights)  # room for it
+    if found:
+        checkpointer.load(found, checkpoint_tensors(model, optimizer, ema, False, found.holds("optimizer")))
+    return ema or (build_ema(weights) if config.ema.enable else {})
+
+
+def weight_bits(model: FluxTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All weights, and the digits that the optimizer keeps of them. Without copies."""
+    weights = dict(model.named_parameters())
+    remainders = find_remainders(optimizer, {weight: name for name, weight in weights.items()})
+    return {**weights, **{f"{name} (remainder)": bits for name, bits in remainders.items()}}
+
+
 def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
     """The whole checkpoint that a run starts from, of its own flavor; None: it starts from other weights.
 
@@ -336,6 +369,38 @@ def export_pipeline(folder: Path, spec: ModelSpec, config: JobConfig, weights: M
     tensors = from_native(weights, spec.diffusers_rules)
     test_mode = config.training.test_mode
     write_folder(folder, lambda hidden: save_pipeline(hidden, spec, config.encoder, test_mode, tensors))
+
+
+def enter_run_folder(config: JobConfig, layout: Layout) -> Path:
+    """The folder that this run writes into; the same on all ranks, which must all call it."""
+    wanted, resumable = config.job.dump_folder, config.checkpoint.folder if config.checkpoint.enable else None
+    folder = Path(layout.from_rank_0("folder", partial(claim_run_folder, wanted, resumable)))
+    if folder != Path(wanted):
+        log.info("%s is in use: this run writes to %s", wanted, folder)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        announce_folder(folder)
+    return folder
+
+
+def describe_run(
+    config: JobConfig, layout: Layout, shards: Sequence[Sequence[Sequence]], update_size: int
+) -> dict[str, Any]:
+    """What all checkpoints of a run know of it, beside its tensors."""
+    return {
+        "seed": config.debug.seed,
+        "update_size": update_size,
+        "shards": shards,
+        "flavor": config.model.flavor,
+        "layout": layout.describe(),
+        "versions": read_versions(),
+        "config": asdict(config),
+    }
+
+
+def read_versions() -> dict[str, str]:
+    """Of everything that a rank computes with, by name."""
+    cuda = torch.version.cuda
+    return {**read_package_versions(), **({"CUDA": cuda} if cuda else {})}
 
 
 def build_mllog(config: JobConfig, folder: Path, layout: Layout, data: RunData) -> MLPerfLog:

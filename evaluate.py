@@ -28,6 +28,10 @@ log = logging.getLogger("train")
 OF_AVERAGE = "_ema"  # ends the names of what was measured and drawn with the average of the weights
 
 
+class EvaluationStopped(Exception):
+    """The run is to leave; what was measured so far is dropped."""
+
+
 class Evaluator:
     """Validates and draws with the model that is being trained. All ranks do the same.
 
@@ -39,6 +43,7 @@ class Evaluator:
         predict: the velocity of all tokens, on every rank.
         ema: average of the weights; empty: there is none.
         after_change: called each time other weights have been put into the model.
+        must_stop: asked again and again, on all ranks: whether to leave.
         metrics: where figures go; None on ranks that write none.
     """
 
@@ -56,12 +61,13 @@ class Evaluator:
         dtype: torch.dtype,
         ema: Mapping[str, Tensor],
         after_change: Callable[[], object],
+        must_stop: Callable[[], bool],
         metrics: MetricsLogger | None,
     ):
         self.config, self.folder, self.layout, self.spec = config, folder, layout, spec
         self.ahead, self.model, self.loader, self.dtype = ahead, model, loader, dtype
         self.squared_errors, self.predict, self.metrics = squared_errors, predict, metrics
-        self.ema, self.after_change = ema, after_change
+        self.ema, self.after_change, self.must_stop = ema, after_change, must_stop
         section = config.validation
         self.prompts: list[str] = []
         if section.eval_freq and section.prompts_path:
@@ -83,6 +89,9 @@ class Evaluator:
 
         Returns:
             Whether validation.target_loss is reached.
+
+        Raises:
+            EvaluationStopped: `must_stop` said so.
         """
         section, training = self.config.validation, self.config.training
         reached, is_validated = False, training.is_due(section.freq, step)
@@ -104,6 +113,14 @@ class Evaluator:
                     self.draw_grid(step, OF_AVERAGE)
         return reached
 
+    def _predict(self, **inputs: Tensor | None) -> Tensor:
+        self._check_stop()
+        return self.predict(**inputs)
+
+    def _check_stop(self) -> None:
+        if self.must_stop():
+            raise EvaluationStopped
+
     def weights_changed(self) -> None:
         """To be called when other weights have been put into the model."""
         reshard(self.model)  # what was gathered is of the weights before
@@ -124,6 +141,7 @@ class Evaluator:
         found = torch.zeros(2, end, dtype=torch.float64, device=layout.device)
         bad = torch.zeros((), dtype=torch.float64, device=layout.device)
         for raw in self.loader:
+            self._check_stop()
             errors_B = self.squared_errors(*self.ahead.encode(raw))
             counts = slice(None) if raw.counts_B is None else raw.counts_B > 0
             places = raw.position_B[counts].to(layout.device)
@@ -153,7 +171,7 @@ class Evaluator:
         mine = [min(layout.dp_rank * share + place, len(self.prompts) - 1) for place in range(share)]
         with self.ahead.in_order():
             pixels_BCHW = draw_pictures(
-                self.predict,
+                self._predict,
                 self.spec,
                 self.ahead.encoders,
                 [self.prompts[number] for number in mine],

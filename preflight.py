@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from build import DTYPES, name_autoencoder
+from build import DTYPES, check_machine, name_autoencoder, read_versions
 from checkpoint.steps import most_at_once
 from config.job_config import JobConfig
 from estimate import is_stored, optimizer_bytes, parameter_count
@@ -24,6 +22,7 @@ from flux.conditioner import load_clip, load_t5
 from flux.prompts import load_prompts
 from flux.spec import SPECS
 from flux.text_folders import resolve_clip, resolve_t5
+from memory_advice import check_memory
 from parallel.axes import check_axes
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
@@ -40,7 +39,6 @@ from runtime.preflight import (
     gather_problems,
     may_write,
     nearest_folder,
-    read_package_versions,
 )
 from runtime.run_lock import this_machine
 
@@ -177,10 +175,18 @@ def look_alone(config: JobConfig, environment: Mapping[str, str]) -> list[str]:
     return [finding.describe() for finding in findings if finding.level == "error"]
 
 
-def read_versions() -> dict[str, str]:
-    """Of everything that a rank computes with, by name."""
-    cuda = torch.version.cuda
-    return {**read_package_versions(), **({"CUDA": cuda} if cuda else {})}
+def check_run(config: JobConfig, layout: Layout, problems: list[str]) -> None:
+    """Everything that can be known before a run is built. All ranks must call it.
+
+    Args:
+        problems: what `look_alone` has found on this rank.
+
+    Raises:
+        ValueError, RuntimeError: on all ranks; see `check_machine`, `check_memory` and `check_together`.
+    """
+    check_machine(config, layout.device.type)
+    check_memory(config, layout)
+    check_together(config, layout, problems)
 
 
 def check_together(config: JobConfig, layout: Layout, problems: list[str]) -> None:

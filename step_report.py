@@ -1,7 +1,6 @@
 """What a run tells of its steps: their figures, samples that could not be used, and whether it can go on from there."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,7 +84,6 @@ class StepReport:
         """Tells the figures that are on their way, if there are any.
 
         Raises:
-            FloatingPointError: the loss of that step is no number.
             DataError: too many samples could not be used.
         """
         if self._sent is None:
@@ -96,12 +94,6 @@ class StepReport:
         values = figures.read(self.peaks)
         if self.metrics:
             self.metrics.log(figures.step, values)
-        if not math.isfinite(values["loss"]):
-            lr, max_norm = self.config.optimizer.lr, self.config.training.max_norm
-            raise FloatingPointError(
-                f"step {figures.step}: the loss is {values['loss']}: lower optimizer.lr={lr:g} or"
-                f" training.max_norm={max_norm:g}, or warm up for longer"
-            )
         self._step_log.report(figures.step, values)
 
     def tell_all(self, step: int, samples: int) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -29,25 +30,27 @@ from build import (
     build_model,
     build_optimizer,
     build_run_layout,
-    check_machine,
     check_shards,
     checkpoint_tensors,
     compute_dtype,
     describe_model,
+    describe_run,
     draw_seed,
+    enter_run_folder,
     export_weights,
     find_start,
     measure_peaks,
     start_weights,
+    take_over,
     warn_of_tiny_autoencoder,
+    weight_bits,
 )
-from checkpoint.checkpointer import Found
 from checkpoint.errors import CheckpointError
 from config.job_config import JobConfig
 from config.parse import load_config
 from config.resume import find_changes, settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
-from evaluate import Evaluator
+from evaluate import EvaluationStopped, Evaluator
 from flux.batch import EncodedBatch, RawBatch
 from flux.data.build import Deal, build_training_loader, build_validation_loader, open_data
 from flux.data.errors import DataError
@@ -58,26 +61,30 @@ from flux.flow import squared_errors
 from flux.inputs import make_inputs
 from flux.plans import make_plan
 from flux.spec import SPECS
-from memory_advice import check_memory, out_of_memory_told
+from memory_advice import out_of_memory_told
 from parallel.compile import compile_loss
 from parallel.context_parallel import gather_sequence, shard_sequence
 from parallel.degrees import read_ranks
 from parallel.gradients import clip_grad_norm_, group_by_module
 from parallel.mesh import Layout, close_layout
 from parallel.quantize import after_update
+from parallel.replicas import ReplicasDiffer
 from parallel.updates import copy_parts, middle_blocks, update_ratios
+from preflight import check_run, look_alone
 from runtime import exit_codes
-from runtime.exit_record import recorded_exit
+from runtime.exit_record import RunEnd, recorded_exit
 from runtime.log import log_stage, setup_logging
-from runtime.run_folder import claim_run_folder
+from runtime.stop import Preempted, check_grace
+from runtime.watchdog import Watchdog
+from step_guard import StepGuard
 from step_report import StepReport
 from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
-from training.ema import build_ema, update_ema
+from training.ema import update_ema
 from training.loss_parts import LossParts
 from training.lr_schedule import build_lr_scheduler
 from training.metrics import METRICS_NAME, MetricsLogger
-from training.optimizer import ExactWeights
+from training.optimizer import ExactWeights, step_unless
 from training.plots import save_loss_curve
 from training.profiling import Profiler
 from training.step_timer import StepTimer
@@ -87,6 +94,7 @@ EXIT_CODES = {
     DataError: exit_codes.DATA,
     ValueError: exit_codes.CONFIG,
     FloatingPointError: exit_codes.DIVERGED,
+    ReplicasDiffer: exit_codes.DIVERGED,
     CheckpointError: exit_codes.CHECKPOINT,
 }
 STAGES = 6
@@ -96,7 +104,7 @@ LOSS_CURVE = "loss.png"  # in the run folder
 class FluxTrainer:
     """One training run: built in six steps, then `train()`. All ranks make one and do the same."""
 
-    def __init__(self, config: JobConfig, folder: Path, layout: Layout):
+    def __init__(self, config: JobConfig, folder: Path, layout: Layout, watchdog: Watchdog | None = None):
         self.checkpointer = build_checkpointer(config, folder, layout)
         found = find_start(config, self.checkpointer)
         saved = found.train_state if found else {}
@@ -131,7 +139,7 @@ class FluxTrainer:
 
         self.optimizer = build_optimizer(config, self.model)
         self.weights = ExactWeights(self.optimizer, dict(self.model.named_parameters()))
-        self.ema = self._load(found)
+        self.ema = take_over(config, self.checkpointer, found, self.model, self.optimizer, self.weights)
         done = found.schedule_step if found else 0
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps, done)
         warmup = f"warm-up {config.lr_scheduler.warmup_steps} of {training.steps} steps"
@@ -143,6 +151,10 @@ class FluxTrainer:
             self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
+        watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
+        self.guard = StepGuard(config, folder, layout, watchdog, self.metrics, saved.get("spike_window"))
+        self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did
+        self.saved_step = self.step if found and found.is_own else -1
         tools = self.metrics, self.timer, self.peaks
         self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
         self.loss_parts = LossParts(self.device, training.classifier_free_guidance_prob > 0)
@@ -151,38 +163,30 @@ class FluxTrainer:
         if validation.enable:
             held_out = build_validation_loader(data, tokenizer, deal)
             parts = (self.spec, self.ahead, self.model, held_out, self.squared_errors, self.predict, self.dtype)
-            self.evaluator = Evaluator(config, folder, layout, *parts, self.ema, self._after_change, self.metrics)
+            more = (self.ema, self._after_change, self.poll, self.metrics)
+            self.evaluator = Evaluator(config, folder, layout, *parts, *more)
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
+        check_grace(saved.get("save_seconds", 0.0))
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
         if changes := find_changes(saved, config, self.update_size):
             log.warning("not as in the checkpoint: %s", ", ".join(changes))
 
-    def _load(self, found: Found | None) -> dict[str, Tensor]:
-        """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights."""
-        ema: dict[str, Tensor] = {}
-        if self.config.ema.enable and found and found.holds("ema"):
-            ema = build_ema(self.weights)  # room for it
-        if found:
-            tensors = checkpoint_tensors(self.model, self.optimizer, ema, False, found.holds("optimizer"))
-            self.checkpointer.load(found, tensors)
-        return ema or (build_ema(self.weights) if self.config.ema.enable else {})
-
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""
+        self.guard.limit_writing(f"the save of step {self.step}", self.step)
+        self.guard.tell(self.step + 1)
         self.report.tell_all(self.step, self.cursor)
-        state = {
+        state = describe_run(self.config, self.layout, self.shards, self.update_size) | {
             "step": self.step,
             "samples_seen": self.cursor,
             "schedule_step": self.lr_scheduler.last_epoch,
-            "seed": self.seed,
-            "update_size": self.update_size,
-            "shards": self.shards,
-            "flavor": self.spec.name,
-            "layout": self.layout.describe(),
-            "torch": torch.__version__,
-            "config": asdict(self.config),
+            "is_evaluated": not self.must_evaluate,
+            "spike_window": self.guard.state(),
+            "save_seconds": self.checkpointer.longest_save,
         }
         self.checkpointer.save(self.step, checkpoint_tensors(self.model, self.optimizer, self.ema, to_save=True), state)
+        self.saved_step = self.step
+        check_grace(self.checkpointer.longest_save)
 
     def predict(self, **inputs: Tensor | None) -> Tensor:
         """The transformer's velocity of all tokens, on every rank; for sampling, without gradients."""
@@ -233,6 +237,7 @@ class FluxTrainer:
         for _ in range(self.accumulation):
             raw, encoded = self.ahead.take(batches)
             self.report.bad += raw.bad
+            self.guard.note(raw)
             sample_elements = raw.draws.noise_BTC[0].numel()
             inputs = self.prepare(raw, encoded)
             micro_loss, errors_B = self.run_micro_batch(inputs, sample_elements * raw.update_samples)
@@ -249,61 +254,92 @@ class FluxTrainer:
         loss = self.forward_backward(batches)
         with region("clip"):
             grad_norm = self.clip_gradients()
+        skip = self.guard.judge(self.step + 1, self.cursor, loss, grad_norm)
+        self.loss_parts.end_update(skip)
         before = copy_parts(self.watched) if self._is_logged(self.step + 1) else None
         with region("optimizer"):
-            self.optimizer.step()
-        self.update_ratios = update_ratios(self.watched, before) if before else {}
+            step_unless(self.optimizer, skip)
+        ratios = update_ratios(self.watched, before) if before else {}
+        self.update_ratios = {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
         self.lr_scheduler.step()
         self._after_change()
         self.step += 1
         if self.ema:
             with region("ema"):
-                update_ema(self.ema, self.weights, self.config.ema.decay, self.step)
+                update_ema(self.ema, self.weights, self.config.ema.decay, self.step, skip)
         self.cursor += self.update_size
         return loss, grad_norm
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to training.max_norm; their norm before that."""
-        norm, self.grad_norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
+        norm, norms = clip_grad_norm_(self.by_module, self.config.training.max_norm)
+        self.grad_norms = {f"grad_norm/{name}": own for name, own in norms.items()}
         return norm
 
     def train(self, after_step: Callable[[], object] = lambda: None) -> None:
-        """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve."""
-        training = self.config.training
+        """Runs to training.steps, calling `after_step` each time; exports the weights and draws the loss curve.
+
+        Raises:
+            Preempted: the run was asked to stop, and has saved what it had.
+        """
         if self.config.checkpoint.create_seed_checkpoint:
             self.save()
             return self.checkpointer.finish()
-        batches = islice(self.loader, (training.steps - self.step) * self.accumulation)
-        if self.step >= training.steps:
-            log.info("all %d steps are done already: to go on, raise training.steps", training.steps)
-        first_step = self.step + 1
+        if self.step >= self.config.training.steps:
+            log.info("all %d steps are done already: to go on, raise training.steps", self.config.training.steps)
         self.report.start(self.step)
-        while self.step < training.steps:
+        with self.guard.stop if self.checkpointer.saves else nullcontext():
+            self._take_steps(after_step)
+        self._finish()
+
+    def _take_steps(self, after_step: Callable[[], object]) -> None:
+        steps = self.config.training.steps
+        batches = islice(self.loader, (steps - self.step) * self.accumulation)
+        reached = self.must_evaluate and self._evaluate()
+        self.guard.limit_phase("the first step", self.step)
+        while not reached and self.step < steps and self.guard.stop_reason is None:
             lr = self.lr_scheduler.get_last_lr()[0]
             loss, grad_norm = self.train_step(batches)
             self.report.advance()
             self.checkpointer.poll()
-            self.report.tell()  # of the step before: the device works on this one meanwhile
+            # Of the step before: the device works on this one meanwhile.
+            self.guard.tell(self.step)
+            self.report.tell()
             if self._is_logged(self.step):
                 self._log_step(loss, grad_norm, float(lr))
-            if self.step == first_step:  # which may compile
-                self.layout.set_timeout(self.config.comm.train_timeout_seconds)
             with self.timer.paused():
                 after_step()
+                self.guard.check_replicas(self.step, partial(weight_bits, self.model, self.optimizer))
                 reached = self._evaluate()
                 if self._must_save(reached):
                     self.save()
-            if reached:
-                break
+                    self.guard.poll()
+            self.guard.limit_step(self.step)
+        self.guard.tell(self.step + 1)
         self.report.close()
-        self._finish()
+        if self.guard.stop_reason and not reached:
+            if self.saved_step != self.step:
+                self.save()
+            self.checkpointer.finish()
+            raise Preempted(f"{self.guard.stop_reason}: saved step {self.step}, the same command goes on from there")
 
     def _evaluate(self) -> bool:
         """Validates and draws where that is due. Whether validation.target_loss is reached."""
+        self.must_evaluate = False
         if self.evaluator is None or not self.evaluator.is_due(self.step):
             return False
+        self.guard.tell(self.step + 1)
         self.report.tell()
-        return self.evaluator.evaluate(self.step, self.cursor)
+        try:
+            return self.evaluator.evaluate(self.step, self.cursor)
+        except EvaluationStopped:
+            self.must_evaluate = True  # from the beginning, when the run goes on
+            return False
+
+    def poll(self) -> bool:
+        """Between two batches of an evaluation: whether the run is to stop. All ranks must call it."""
+        self.guard.limit_phase("an evaluation", self.step)
+        return self.checkpointer.saves and self.guard.poll()
 
     def _after_change(self) -> None:
         """Computes anew what follows from the weights."""
@@ -321,6 +357,7 @@ class FluxTrainer:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
         self.checkpointer.finish()
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
+        self.guard.limit_writing("the export of the weights", self.step)
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
             for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
@@ -332,32 +369,28 @@ class FluxTrainer:
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Puts the figures of this step on their way, for which the host does not wait."""
-        norms = {f"grad_norm/{name}": norm for name, norm in self.grad_norms.items()}
-        ratios = {f"update_ratio/{name}": ratio for name, ratio in self.update_ratios.items()}
-        figures = {"grad_norm": grad_norm, **norms, **ratios}
+        figures = {"grad_norm": grad_norm, **self.grad_norms, **self.update_ratios}
         overdue = self.checkpointer.is_overdue()
         self.report.send(self.step, self.cursor, self.loss_parts, loss, figures, lr, overdue)
 
 
 def main(argv: list[str]) -> None:
-    with recorded_exit(0, EXIT_CODES) as end:
+    with recorded_exit(0, EXIT_CODES) as end, ExitStack() as within:
         end.rank, world_size = read_ranks(os.environ)
         setup_logging(end.rank)
         config = load_config(argv, world_size, quiet=end.rank > 0)
         if config.comm.mode == "fake_backend":
             raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
         apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
+        problems = look_alone(config, os.environ)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
-        check_machine(config, layout.device.type)
-        check_memory(config, layout)
-        resumable = config.checkpoint.folder if config.checkpoint.enable else None
-        claim = partial(claim_run_folder, config.job.dump_folder, resumable)
-        end.folder = Path(layout.from_rank_0("folder", claim))
-        if end.folder != Path(config.job.dump_folder):
-            log.info("%s is in use: this run writes to %s", config.job.dump_folder, end.folder)
+        check_run(config, layout, problems)
+        end.folder, end.resumes = enter_run_folder(config, layout), config.checkpoint.saves
+        watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
+        watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):
-            trainer = FluxTrainer(config, end.folder, layout)
+            trainer = FluxTrainer(config, end.folder, layout, watchdog)
         if end.rank == 0:
             save_config(trainer.config, end.folder / CONFIG_FILE)
             if config.job.print_config:
@@ -367,7 +400,7 @@ def main(argv: list[str]) -> None:
             with out_of_memory_told(config, layout, in_step=True), profiler:
                 trainer.train(profiler.step)
         finally:
-            end.step = trainer.step
+            end.step, end.save_seconds = trainer.step, trainer.checkpointer.longest_save or None
             try:
                 trainer.checkpointer.close()
             finally:

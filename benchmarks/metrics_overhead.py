@@ -51,6 +51,9 @@ class NoParts(LossParts):
     def add(self, *_: Tensor | None) -> None:
         pass
 
+    def end_update(self, skip: Tensor) -> None:
+        pass
+
 
 def measure(trainer: FluxTrainer) -> list[Turn]:
     batches, kinds, turns = iter(trainer.loader), Turn._fields, []

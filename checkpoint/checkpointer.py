@@ -49,11 +49,13 @@ class Found:
     Args:
         train_state: of the run that goes on; empty: only the weights are taken.
         excluded: parts that start anew (checkpoint.exclude_from_loading).
+        is_own: of the run itself; else it is from elsewhere.
     """
 
     path: Path
     train_state: Mapping[str, Any]
     excluded: frozenset[str]
+    is_own: bool = False
 
     @property
     def step(self) -> int:
@@ -100,10 +102,11 @@ class Checkpointer:
         self._save: BackgroundSave | None = None  # the latest
         self._failed = 0  # saves in a row
         self._started_anew: frozenset[str] = frozenset()  # parts that the run has not taken over from a checkpoint
+        self.longest_save = 0.0  # seconds
         self._last_save = time.monotonic()
         self._stage = Staging(pinned=section.async_mode == "async_with_pinned_mem")
-        self._saves = section.saves
-        if self._saves and self._rank == 0:
+        self.saves = section.saves
+        if self.saves and self._rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
             remove_unfinished(folder)
@@ -184,7 +187,7 @@ class Checkpointer:
                 f"checkpoint.exclude_from_loading=train_state would start at step 0 again, before {path}: do it in "
                 f"another job.dump_folder with checkpoint.initial_load_path={path}"
             )
-        return Found(path, state, excluded)
+        return Found(path, state, excluded, is_own=True)
 
     def _find_step(self, wanted: int, steps: list[int]) -> Found:
         path = step_path(self._folder, wanted)
@@ -267,7 +270,7 @@ class Checkpointer:
     def is_overdue(self) -> bool:
         """Whether the last save is interval_minutes ago, by this process's clock."""
         waited = time.monotonic() - self._last_save
-        return self._saves and 0 < self._section.interval_minutes * 60 <= waited
+        return self.saves and 0 < self._section.interval_minutes * 60 <= waited
 
     def save(self, step: int, tensors: Mapping[str, Slices], train_state: Mapping[str, Any]) -> None:
         """Saves what the tensors are now. A save that fails is told, and training goes on.
@@ -341,6 +344,7 @@ class Checkpointer:
             text = "checkpoint of step %d FAILED: %s; %straining goes on, the next save tries again"
             log.error(text, save.step, explain(save.error), room)
         else:
+            self.longest_save = max(self.longest_save, save.seconds)
             log.info("step %d: checkpoint in %s, %.1f s", save.step, step_path(self._folder, save.step), save.seconds)
 
     def _remove_expired(self) -> None:

@@ -27,6 +27,13 @@ def find_checkpoint_faults(config: JobConfig, world_size: int | None) -> Iterato
     yield from _folder(config)
     yield from _initial_load(config.checkpoint)
     yield from _seed_checkpoint(config.checkpoint, world_size)
+    if config.reliability.stop_after_minutes and not config.checkpoint.saves:
+        name = "reliability.stop_after_minutes"
+        yield (
+            (name, "checkpoint.enable"),
+            f"{name}={show(config.reliability.stop_after_minutes)} saves and leaves, and this run saves nothing: set "
+            "checkpoint.enable=true, without load_only",
+        )
 
 
 def find_checkpoint_doubts(config: JobConfig) -> Iterator[str]:

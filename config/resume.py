@@ -12,7 +12,15 @@ from config.parse import build_config
 _NEUTRAL = (
     *("job.", "metrics.", "validation.", "inference.", "parallelism.", "activation_checkpoint.", "compile.", "comm."),
     *("checkpoint.", "training.dataloader.", "training.local_batch_size", "training.enable_cpu_offload", "debug."),
-    *("profiling.", "optimizer.implementation", "model.attention_backend"),
+    *(
+        "profiling.",
+        "reliability.stop",
+        "reliability.watchdog",
+        "reliability.step",
+        "reliability.phase",
+        "optimizer.implementation",
+        "model.attention_backend",
+    ),
     *("encoder.cpu_offload", "encoder.encode_ahead"),
     *("data.index_folder", "data.index_workers", "data.shard_cache", "data.on_bad_shard", "data.max_bad_fraction"),
     "data.worker_timeout_seconds",

@@ -64,6 +64,7 @@ class RawBatch:
     pixels_BCHW: Tensor | None  # fp32 in -1..1; None: moments are there
     tokens: dict[str, Tensor]  # "t5" [B, L] and "clip" [B, 77], int64, of those prompts that are still to be encoded
     captions: list[str]  # before prompt dropout, which all the others have behind them
+    keys: list[str]  # name the samples in messages
     position_B: Tensor  # int64, place in the endless global order
     draws: Draws
     update_samples: int  # that count, in the whole update that this is a part of

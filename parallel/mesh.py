@@ -117,13 +117,17 @@ class Layout:
                 texts.append("")
         return texts
 
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        if self.degrees.world == 1:
+            return value
+        word = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX)
+        return word.item()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank, of all of them."""
-        if self.degrees.world == 1:
-            return flag
-        word = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX)
-        return bool(word.item())
+        return bool(self.max(float(flag)))
 
     def is_first_to_fail(self) -> bool:
         """True on the first rank that asks: it says what happened, the others mostly fail because of it."""
@@ -143,7 +147,7 @@ class Layout:
             return None
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
-    def set_timeout(self, seconds: int) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """Limit on every communication of training from here on."""
         meshes = [mesh for mesh in (self.weights, self.samples, self.encoder) if mesh is not None]
         groups = {group for mesh in meshes for group in mesh.get_all_groups()}

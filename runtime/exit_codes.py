@@ -1,4 +1,4 @@
-"""What the exit code of a training process means. A job script decides by it whether to start the run again."""
+"""What the exit code of a run means. A job script decides by it whether to start the run again."""
 
 OK = 0
 ERROR = 1  # a fault of the recipe or of the machine; the traceback is shown
@@ -10,3 +10,6 @@ HANG = 6  # a rank stood still
 PREEMPTED = 75  # stopped from outside, and can go on: start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # Ctrl-C, as shells report it (128 + SIGINT)
 TERMINATED = 143  # 128 + SIGTERM
+
+# Of these the same command may be started again: what stopped the run was outside of it, or may have passed.
+RESUMABLE = (ERROR, HANG, PREEMPTED)

@@ -104,7 +104,7 @@ class Contents:
             "step": f"{state['step']:,}, {state.get('samples_seen', 0):,} samples seen" if "step" in state else None,
             "seed": state.get("seed"),
             "saved on": state.get("layout"),
-            "torch": state.get("torch"),
+            "torch": state.get("versions", {}).get("torch"),
         }
         lines = [f"  {name:<10}{value}" for name, value in facts.items() if value is not None]
         if self.is_foreign:

@@ -1,32 +1,65 @@
-"""Starts a run on the processes of this machine; run_train.sh calls it.
+"""Starts the ranks of one machine and tells how they ended; run_train.sh and run_slurm.sh call it.
 
     NGPU=8 python -m scripts.launch --job.config_file train_configs/flux_dev.toml [--section.key value ...]
 
-It is torchrun for one machine with three things more: a mistake in the configuration is answered before torch is
-imported, a failure is told once, by the rank that failed first, and the exit code is the run's own (torchrun makes
-every failure a 1).
+On several machines the same command runs on each, with NNODES (their number), NODE_RANK (0, 1, ...) and MASTER_ADDR
+(the name of the first); they may say MASTER_PORT (29500).
+
+torchrun does this too, but kills ranks 30 seconds after a signal whatever a job system grants, gives those whose peer
+is dead as long, and makes every failure a 1. Here a mistake in the configuration is answered before torch is imported,
+a dead rank ends the others at once, on all machines, and is named; a run that is asked to stop has $FLUX_GRACE_SECONDS
+(30) to save; and the exit code is the run's own.
 """
 
-import json
-import logging
-import math
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from config.parse import ConfigError, load_config, read_process_count
 from runtime import exit_codes
-from runtime.exit_record import RECORD_VARIABLE
+from runtime.exit_record import (
+    INTERRUPTED,
+    RECORD_NAME,
+    RECORD_VARIABLE,
+    RunEnd,
+    announced_folder,
+    read_exit_record,
+    write_exit_record,
+)
 from runtime.hardware import usable_cores
+from runtime.stop import GRACE_VARIABLE, STOP_SIGNALS, grace_seconds
+from runtime.watchdog import STACKS_FOLDER, RankStacks, read_stacks
 
-GRACE_SECONDS = 30  # torchrun kills a rank that has not ended this long after the first failure
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOOK_SECONDS = 0.1
+NOTICE_SECONDS = 0.5  # from one look at what other machines say to the next
+# For the others once a rank is dead: to say what they know, and no more. It is longer than a watchdog's look at stacks.
+PEER_SECONDS = 5.0
+STOPPED = (exit_codes.PREEMPTED, exit_codes.TERMINATED)
 # The reasons of a rank count more than the signals that other ranks die of; a traceback may only be their consequence.
-REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED, exit_codes.CHECKPOINT)
+REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED, exit_codes.CHECKPOINT, exit_codes.HANG)
+
+
+class Rank(Protocol):
+    """A process, as `subprocess.Popen` is one."""
+
+    @property
+    def returncode(self) -> Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,115 +67,277 @@ class RankEnd:
     """A rank that did not end well, as seen from outside."""
 
     exit_code: int  # negative: the signal it died of, as `subprocess` has it
-    time: float  # seconds
+    is_ours: bool = False  # it was ended by the launcher, since others had failed or the time was over
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine of a run."""
+
+    processes: int
+    nodes: int = 1
+    node: int = 0
+    address: str = "localhost"
+    port: int = 0  # 0: any that is free
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; one process takes this one's place."""
+    """Returns the exit code."""
     try:
-        processes = read_process_count(os.environ) or 1
-        config = load_config(argv, processes, quiet=True)
-    except ConfigError as error:
+        machine = read_machine(os.environ)
+        config = load_config(argv, machine.processes * machine.nodes, quiet=True)
+        grace = grace_seconds()
+    except ValueError as error:
         print(error, file=sys.stderr)
         return exit_codes.CONFIG
     if config.comm.mode == "fake_backend":
-        os.execv(sys.executable, [sys.executable, "-m", "scripts.dry_run", "--ranks", str(processes), *argv])
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)  # a job system's: this run is of this machine alone
-    if processes == 1:
-        os.execv(sys.executable, [sys.executable, "train.py", *argv])
-    # The products of one process would otherwise take all cores from the others.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    return run(processes, argv)
-
-
-def run(processes: int, argv: list[str]) -> int:
-    """Trains on that many processes, tells how it ended if it did not end well, and returns the exit code."""
-    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    for number in handled:  # without a rank to end, a signal just ends this process; imports swallow exceptions
-        signal.signal(number, signal.SIG_DFL)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.run import main as torchrun
-
+        ranks = str(machine.processes * machine.nodes)
+        os.execv(sys.executable, [sys.executable, "-m", "scripts.dry_run", "--ranks", ranks, *argv])
     with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "exit.json"
-        os.environ[RECORD_VARIABLE] = str(record)
-        stop_once = make_handler(SignalException)
-        for number in handled:
-            signal.signal(number, stop_once)
-        failures, stopped = {}, None
-        try:
-            failures = run_ranks(torchrun, processes, argv)
-        except SignalException as error:
-            stopped = error.sigval
-        code, text = explain(json.loads(record.read_text()) if record.exists() else None, failures, stopped)
-    if text:
-        print(text, file=sys.stderr)
-    return code
+        place = Path(os.environ.setdefault(RECORD_VARIABLE, f"{folder}/{RECORD_NAME}"))
+        command = [sys.executable, "train.py", *argv]
+        return Launcher(machine, grace, place).run(lambda environment: subprocess.Popen(command, env=environment))
 
 
-def make_handler(exception: type[Exception]) -> Callable[[int, object], None]:
-    """A handler that raises what makes torchrun end the ranks, once: a second signal must not leave them behind."""
-    last = -math.inf
-
-    def stop_once(number: int, frame: object) -> None:
-        nonlocal last
-        if time.monotonic() > last + 2 * GRACE_SECONDS:
-            last = time.monotonic()
-            raise exception("", signal.Signals(number))
-
-    return stop_once
-
-
-def run_ranks(torchrun: Callable[[list[str]], object], processes: int, argv: list[str]) -> dict[int, RankEnd]:
-    """Lets torchrun run train.py on that many processes; the ranks that did not end well, the first one first.
+def read_machine(environment: Mapping[str, str]) -> Machine:
+    """This machine among those of the run.
 
     Raises:
-        SignalException: torchrun's, when a signal has ended this process and the ranks.
+        ConfigError: the environment does not say it.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    processes = read_process_count(environment) or 1
+    nodes = _read_number(environment, "NNODES", 1, least=1)
+    if nodes == 1:
+        return Machine(processes)
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
+    if missing:
+        raise ConfigError(f"NNODES={nodes} needs {' and '.join(missing)} too: set them, or unset NNODES")
+    node = _read_number(environment, "NODE_RANK", 0, least=0)
+    if node >= nodes:
+        raise ConfigError(f"NODE_RANK={node} must be below NNODES={nodes}")
+    port = _read_number(environment, "MASTER_PORT", 29500, least=1)
+    return Machine(processes, nodes, node, environment["MASTER_ADDR"], port)
 
-    logging.disable(logging.ERROR)  # its own account of a failure, a page for each
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # the others are handled here
-    try:
-        torchrun(
-            [f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train.py", *argv]
-        )
-    except ChildFailedError as error:
-        ends = {rank: RankEnd(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
-        return dict(sorted(ends.items(), key=lambda end: end[1].time))
-    return {}
+
+def _read_number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
+    text = environment.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise ConfigError(f"{name}={text} must be a number of at least {least}")
+    return int(text)
+
+
+class Launcher:
+    """The ranks of one machine, from start to end.
+
+    Args:
+        grace: seconds that they have after a signal.
+        place: where a rank that fails leaves its record.
+    """
+
+    def __init__(self, machine: Machine, grace: float, place: Path):
+        self._machine, self._grace, self._place = machine, grace, place
+        self._failed: dict[int, RankEnd] = {}  # the first one first
+        self._stopped: signal.Signals | None = None
+        self._forward: signal.Signals | None = None  # has arrived, and is not passed on yet
+        self._killed_at = float("inf")  # when those that are still there are killed
+        self._store: TCPStore | None = None
+        self._elsewhere = False  # another machine has failed
+        self._looked = 0.0
+
+    def run(self, start: Callable[[dict[str, str]], Rank]) -> int:
+        """Starts every rank in its environment, tells what went wrong, and returns the exit code."""
+        with self._signals():
+            environment, running = self._prepare(), dict[int, Rank]()
+            for local in range(self._machine.processes):
+                rank = self._machine.node * self._machine.processes + local
+                own = {"RANK": str(rank), "LOCAL_RANK": str(local)} if "WORLD_SIZE" in environment else {}
+                running[rank] = start(environment | own)
+            while running:
+                time.sleep(LOOK_SECONDS)
+                self._look(running)
+            code, text = self._conclude()
+            self._leave()
+        if text:
+            print(text, file=sys.stderr)
+        return code
+
+    def _prepare(self) -> dict[str, str]:
+        """The environment of the ranks; what a job system says of them is replaced."""
+        machine = self._machine
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment[GRACE_VARIABLE] = f"{self._grace:g}"
+        world = machine.processes * machine.nodes
+        if world == 1:
+            return environment
+        # The products of one process would otherwise take all cores from the others.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // machine.processes)))
+        from torch.distributed import TCPStore
+
+        # Here and not in rank 0, whose death would leave the others without a word.
+        self._store = TCPStore(machine.address, machine.port, is_master=machine.node == 0, wait_for_workers=False)
+        return environment | {
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(machine.processes),
+            "GROUP_RANK": str(machine.node),
+            "MASTER_ADDR": machine.address,
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for a store that is there already
+        }
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        handled = [one for one in (signal.SIGINT, *STOP_SIGNALS) if signal.getsignal(one) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._note) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self._stopped is None:  # a second one changes nothing
+            self._stopped = self._forward = signal.Signals(number)
+            self._killed_at = min(self._killed_at, time.monotonic() + self._grace)
+
+    def _look(self, running: dict[int, Rank]) -> None:
+        """Takes out of `running` what has ended, and ends the others where that is due."""
+        now = time.monotonic()
+        for rank in [rank for rank, process in running.items() if process.poll() is not None]:
+            code = running.pop(rank).returncode
+            if code:
+                is_ours = now >= self._killed_at or (code == -signal.SIGTERM and bool(self._failed or self._elsewhere))
+                self._failed[rank] = RankEnd(code, is_ours)
+                if len(self._failed) == 1:
+                    self._end_peers(running, now)
+        if self._forward is not None:
+            # A terminal has told the ranks of Ctrl-C already.
+            if self._forward != signal.SIGINT or now > self._killed_at - self._grace + 1:
+                _send(running, self._forward)
+                self._forward = None
+        elif self._hears_of_failure(now) and not self._failed and not self._elsewhere:
+            self._elsewhere = True
+            self._end_peers(running, now)
+        if now >= self._killed_at:
+            _send(running, signal.SIGKILL)
+
+    def _end_peers(self, running: dict[int, Rank], now: float) -> None:
+        """A rank has failed: the others can only wait for it."""
+        self._tell_others("failed")
+        if self._stopped is None:
+            record = read_exit_record(self._place)
+            hangs = record is not None and record["code"] == exit_codes.HANG  # all that can be told is told
+            self._killed_at = now + (LOOK_SECONDS if hangs else PEER_SECONDS)
+            _send(running, signal.SIGTERM)
+
+    def _tell_others(self, word: str) -> None:
+        if self._machine.nodes > 1:
+            try:
+                self._store.set(word, "1")  # type: ignore[union-attr]
+            except RuntimeError:  # the first machine is gone
+                self._elsewhere = True
+
+    def _hears_of_failure(self, now: float) -> bool:
+        if self._machine.nodes == 1 or now < self._looked + NOTICE_SECONDS:
+            return False
+        self._looked = now
+        try:
+            return self._store.check(["failed"])  # type: ignore[union-attr]
+        except RuntimeError:
+            return True
+
+    def _leave(self) -> None:
+        """The first machine holds what the others meet at: it leaves last."""
+        self._tell_others(f"left/{self._machine.node}")
+        if self._machine.nodes > 1 and self._machine.node == 0:
+            names = [f"left/{node}" for node in range(self._machine.nodes)]
+            deadline = time.monotonic() + 2 * PEER_SECONDS
+            while time.monotonic() < deadline and not self._store.check(names):  # type: ignore[union-attr]
+                time.sleep(LOOK_SECONDS)
+
+    def _conclude(self) -> tuple[int, str]:
+        """The exit code and what to tell; the record says the same where the ranks could not write it."""
+        record, folder = read_exit_record(self._place), announced_folder(self._place)
+        stacks = read_stacks(folder / STACKS_FOLDER) if folder else []
+        end = explain(record, self._failed, self._stopped, self._grace, stacks, self._elsewhere)
+        if end.rank is not None:
+            told = RunEnd(end.rank, folder, record["step"] if record else 0)
+            write_exit_record(told, end.code, end.text, end.text, replaced=(exit_codes.ERROR, *STOPPED))
+        return end.code, end.text
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended: its exit code, what to tell, and the rank of which only the launcher knows."""
+
+    code: int
+    text: str = ""
+    rank: int | None = None
 
 
 def explain(
-    record: dict | None, failures: Mapping[int, RankEnd], stopped: signal.Signals | None = None
-) -> tuple[int, str]:
-    """The exit code of the run and what to tell about its end.
+    record: Mapping[str, Any] | None,
+    failed: Mapping[int, RankEnd],
+    stopped: signal.Signals | None = None,
+    grace: float = 0.0,
+    stacks: Sequence[RankStacks] = (),
+    elsewhere: bool = False,
+) -> End:
+    """What the ends of the ranks of this machine mean.
 
     Args:
         record: of the rank that failed first, or of rank 0's success; None: no rank could write one.
-        failures: the ranks that did not end well, the first one first.
-        stopped: the signal that ended the run.
+        failed: the ranks that did not end well, the first one first.
+        stopped: the signal that ended the run; `grace` seconds later ranks are killed.
+        stacks: of the ranks, where they stood still.
+        elsewhere: another machine of the run has failed.
     """
-    if record is not None and (record["code"] in REASONED or (record["code"] != exit_codes.OK and stopped)):
-        return record["code"], record["text"]
+    if record is not None and record["code"] in REASONED:
+        return End(record["code"], record["text"])
     if stopped:
-        reason = "interrupted by Ctrl-C" if stopped == signal.SIGINT else f"stopped by {stopped.name}"
-        return 128 + stopped, reason
-    if not failures:
-        return exit_codes.OK, ""
-    first = next(iter(failures.values())).time
-    for rank, end in failures.items():
-        # SIGTERM is what torchrun ends the other ranks with.
-        if end.exit_code < 0 and end.exit_code != -signal.SIGTERM and end.time < first + GRACE_SECONDS:
+        return _explain_stop(record, failed, stopped, grace)
+    first_code = next(iter(failed.values())).exit_code if failed else exit_codes.OK
+    if record is not None and record["code"] in STOPPED and (elsewhere or record["code"] != first_code):
+        record = None  # of a rank that the launcher has stopped since another one had failed
+    for rank, end in failed.items():
+        if end.exit_code < 0 and not end.is_ours:
             name = signal.Signals(-end.exit_code).name
             hint = ": did the machine run out of memory?" if name == "SIGKILL" else ""
-            return exit_codes.ERROR, f"rank {rank} was ended by {name}{hint}"
-    if record is not None and record["code"] == exit_codes.ERROR:
-        return exit_codes.ERROR, record["text"]
-    rank, end = next(iter(failures.items()))
-    died = f"was ended by {signal.Signals(-end.exit_code).name}" if end.exit_code < 0 else f"ended with {end.exit_code}"
-    return exit_codes.ERROR, f"rank {rank} {died} and gave no reason"
+            return End(exit_codes.ERROR, f"rank {rank} on {socket.gethostname()} was ended by {name}{hint}", rank)
+    if failed and (held := [one for one in stacks if one.frames and one.rank in failed]):
+        first = held[0]
+        return End(exit_codes.HANG, f"hang: rank {first.rank} on {first.host} stands still{first.place}", first.rank)
+    if record is not None and record["code"] != exit_codes.OK:
+        return End(record["code"], record["text"])
+    if elsewhere:
+        return End(exit_codes.ERROR, "another machine of the run has failed: see what was told there")
+    if not failed:
+        return End(exit_codes.OK)
+    rank, end = next(iter(failed.items()))
+    if end.exit_code < 0:
+        return End(exit_codes.ERROR, f"rank {rank} was ended by {signal.Signals(-end.exit_code).name}", rank)
+    return End(exit_codes.ERROR, f"rank {rank} ended with {end.exit_code} and gave no reason", rank)
+
+
+def _explain_stop(
+    record: Mapping[str, Any] | None, failed: Mapping[int, RankEnd], stopped: signal.Signals, grace: float
+) -> End:
+    if record is not None and (record["code"] != exit_codes.OK or not failed):
+        return End(record["code"], record.get("text", ""))
+    if killed := [rank for rank, end in failed.items() if end.exit_code == -signal.SIGKILL]:
+        return End(
+            exit_codes.ERROR,
+            f"stopped by {stopped.name}, and killed {grace:g} s later, before it had saved: give it longer with "
+            f"{GRACE_VARIABLE}",
+            killed[0],
+        )
+    reason = INTERRUPTED if stopped == signal.SIGINT else f"stopped by {stopped.name}"
+    return End(128 + stopped, reason)
+
+
+def _send(ranks: Mapping[int, Rank], number: signal.Signals) -> None:
+    for process in ranks.values():
+        process.send_signal(number)
 
 
 if __name__ == "__main__":

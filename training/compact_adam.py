@@ -44,7 +44,8 @@ class _Part:
 class CompactAdam(torch.optim.Optimizer):
     """Adam or AdamW of float32 or bfloat16 parameters, plain or DTensors.
 
-    Its state is there from the start, all zero.
+    Its state is there from the start, all zero. As torch's own, the fused implementation takes the attribute
+    `found_inf`: float32 `[]` on a device, 1 for a step that changes nothing. It does not wait for the number.
 
     Args:
         groups: parameters that one call of a foreach implementation can take together.
@@ -60,6 +61,7 @@ class CompactAdam(torch.optim.Optimizer):
         defaults = {name: getattr(section, name) for name in names} | {"betas": (section.beta1, section.beta2)}
         super().__init__([{"params": group} for group in groups], defaults)
         self._section, self._boxes, self._key = section, boxes, key
+        self._step_supports_amp_scaling = section.implementation == "fused"  # by which torch knows who takes found_inf
         self._formats: dict[torch.device, dict[str, EightBit]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -99,18 +101,28 @@ class CompactAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient; does not wait for the device."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             held = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
             for parameter, gradient in held:
                 weights, gradients = self._boxes(parameter), self._boxes(gradient)
+                skip = None if found_inf is None else found_inf.to(parameter.device)
                 for part in self._parts[parameter]:
-                    self._update(group, parameter, part, part.of(weights), part.of(gradients))
+                    self._update(group, parameter, part, part.of(weights), part.of(gradients), skip)
             if held:
-                torch._foreach_add_([self.state[parameter]["step"] for parameter, _ in held], 1)
+                steps = [self.state[parameter]["step"] for parameter, _ in held]
+                torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
 
     def _update(
-        self, group: Mapping[str, Any], parameter: Tensor, part: _Part, weight: Tensor, gradient: Tensor
+        self,
+        group: Mapping[str, Any],
+        parameter: Tensor,
+        part: _Part,
+        weight: Tensor,
+        gradient: Tensor,
+        skip: Tensor | None,
     ) -> None:
+        # To be skipped, numbers go through all this as they were; but for 8 bits, what is stored of them is the same.
         state, step = part.state, self.state[parameter]["step"]
         exact = (merge(weight, state[REMAINDER]) if REMAINDER in state else weight.float()).contiguous()
         means = [self._unpack(moment, state) for moment in MOMENTS]
@@ -123,6 +135,7 @@ class CompactAdam(torch.optim.Optimizer):
             [step.clone()],
             foreach=self._section.implementation == "foreach",
             fused=self._section.implementation == "fused",
+            found_inf=skip,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -132,7 +145,7 @@ class CompactAdam(torch.optim.Optimizer):
             maximize=False,
         )
         for moment, mean in zip(MOMENTS, means, strict=True):
-            self._pack(moment, state, mean)
+            self._pack(moment, state, mean, skip)
         if REMAINDER in state:
             exact, remainder = split(exact)
             _store(remainder, state[REMAINDER])
@@ -149,13 +162,14 @@ class CompactAdam(torch.optim.Optimizer):
         codes, scales = state[moment + CODES], state[moment + SCALES]
         return self._format(moment, codes.device).unpack(codes, scales)
 
-    def _pack(self, moment: str, state: Mapping[str, Tensor], mean: Tensor) -> None:
+    def _pack(self, moment: str, state: Mapping[str, Tensor], mean: Tensor, skip: Tensor | None) -> None:
         if moment in state:
             _store(mean, state[moment])
-        else:
-            codes, scales = self._format(moment, mean.device).pack(mean)
-            _store(codes, state[moment + CODES])
-            _store(scales, state[moment + SCALES])
+            return
+        for kind, values in zip((CODES, SCALES), self._format(moment, mean.device).pack(mean), strict=True):
+            place = state[moment + kind]
+            # A block whose largest number is negative gets another scale each time.
+            _store(values if skip is None else torch.where(skip > 0, place, values), place)
 
     def _format(self, moment: str, device: torch.device) -> EightBit:
         if device not in self._formats:

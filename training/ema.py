@@ -30,15 +30,22 @@ def ema_decay(decay: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], decay: float, step: int) -> None:
+def update_ema(
+    ema: Mapping[str, Tensor], parameters: Mapping[str, Tensor], decay: float, step: int, skip: Tensor
+) -> None:
     """Moves the averages towards the weights that step `step` (1-based) left, without communication.
 
     Each element takes the same few operations wherever it lies, so all layouts have the same bits.
+
+    Args:
+        skip: float32 `[]` on any device, 1 when the step's update was left out: averages keep their values; else 0.
     """
-    moved = 1 - ema_decay(decay, step)
+    moved = (1 - ema_decay(decay, step)) * (1 - skip)
     for name, parameter in parameters.items():
+        average = local(ema[name])
+        moved = moved.to(average.device)  # waits for a GPU once, where averages are kept in the CPU's memory
         # In float32 also where the weights are in bfloat16, in which a small move would be rounded away.
-        local(ema[name]).lerp_(local(parameter).to(torch.float32), moved)
+        average.lerp_(local(parameter).to(torch.float32), moved)
 
 
 @contextmanager

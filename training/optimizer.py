@@ -48,6 +48,30 @@ def check_optimizer(section: Optimizer) -> None:
         )
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One update of the weights, or none: then they and all that the optimizer remembers stay as they are, to the bit,
+    whatever the gradients are.
+
+    The fused implementation decides on the device. The others, and parameters that are kept in the CPU's memory, wait
+    for the device to tell.
+
+    Args:
+        skip: float32 `[]`, 1 to leave the update out and 0 to make it.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's mark of those that take `found_inf`
+        if not skip.item():
+            optimizer.step()
+        return
+    # torch would copy it to the CPU without waiting until it is there.
+    places = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+    found_inf = skip.to("cpu") if "cpu" in places else skip
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
 class ExactWeights(Mapping[str, Tensor]):
     """Parameters by their names; in float32 where the optimizer keeps the bits that they have no room for."""
 

@@ -83,6 +83,7 @@ class Item(NamedTuple):
     t5_mask_L: Tensor | None
     pooled_V: Tensor | None
     caption: str
+    key: str
     uncaptioned: bool
     t: Tensor
     noise_TC: Tensor
@@ -159,6 +160,7 @@ class PositionedDataset(Dataset):
             pixels_CHW=fit_and_crop(image, place.size, crop),
             tokens={part: ids[0] for part, ids in tokens.items()},
             caption=caption,
+            key=_name(sample),
             uncaptioned="t5" in dropped,
         )
 
@@ -195,6 +197,7 @@ class PositionedDataset(Dataset):
             t5_mask_L=mask_L,
             pooled_V=stored["clip"],
             caption=sample.caption,
+            key=_name(sample),
             uncaptioned="t5" in dropped,
         )
         if isinstance(self.draws, ValidationDraws) and sample.time_step is not None and not self.draws.all_timesteps:
@@ -208,6 +211,7 @@ class PositionedDataset(Dataset):
         bad: list[BadRecord],
         tokens: dict[str, Tensor],
         caption: str,
+        key: str,
         uncaptioned: bool,
         **made: Tensor | None,
     ) -> Item:
@@ -219,6 +223,7 @@ class PositionedDataset(Dataset):
             slot=slot,
             tokens=tokens,
             caption=caption,
+            key=key,
             uncaptioned=uncaptioned,
             t=self._time(position, grid),
             noise_TC=draw_noise(self._generator("noise", position), self.spec.codec, grid),
@@ -269,6 +274,10 @@ class PositionedDataset(Dataset):
         ]
 
 
+def _name(sample: Sample | EncodedSample) -> str:
+    return f"{sample.shard}:{sample.key}" if sample.shard else sample.key
+
+
 def collate(items: list[Item | DataError]) -> RawBatch | DataError:
     """Stacks samples; the first fault stands for the whole batch."""
     good: list[Item] = []
@@ -292,6 +301,7 @@ def collate(items: list[Item | DataError]) -> RawBatch | DataError:
         t5_mask_BL=stack("t5_mask_L"),
         pooled_BV=stack("pooled_V"),
         captions=[item.caption for item in good],
+        keys=[item.key for item in good],
         uncaptioned_B=torch.tensor([item.uncaptioned for item in good]),
         position_B=torch.tensor([item.slot.position for item in good]),
         counts_B=None if all(counts) else torch.tensor(counts, dtype=torch.float32),

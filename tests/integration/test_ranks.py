@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str]:
         ("well", 0, ""),
         ("both", 3, "NGPU=no number must be a number of processes, 1 or more\n"),
         ("one", 3, "NGPU=no number must be a number of processes, 1 or more\n"),
-        ("killed", 1, "rank 1 was ended by SIGKILL: did the machine run out of memory?\n"),
+        ("killed", 1, f"rank 1 on {socket.gethostname()} was ended by SIGKILL: did the machine run out of memory?\n"),
         ("early", 1, "rank 1 ended with 7 and gave no reason\n"),
     ],
 )

@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_its_weights_in_another_format_and_loses_no_digit(tmp
     assert torch.equal(load_file(file)["weight"], straight.weight)
     average = build_ema(weights)
     assert torch.equal(average["weight"], straight.weight)
-    update_ema(average, weights, 0.5, 10**6)
+    update_ema(average, weights, 0.5, 10**6, torch.zeros(()))
     assert torch.equal(average["weight"], straight.weight)
 
 

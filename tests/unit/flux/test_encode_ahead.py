@@ -136,7 +136,9 @@ def test_a_batch_that_cannot_be_fetched_ends_the_step_before_it(orders):
 def test_every_tensor_of_a_batch_is_recorded(monkeypatch):
     """An allocator that is not told of one tensor writes the batch after next into it."""
     one = torch.zeros(1)
-    raw = RawBatch(one, {"t5": one, "clip": one}, ["a"], one, Draws(one, one, one), 1, one, one, one, one, one, one)
+    raw = RawBatch(
+        one, {"t5": one, "clip": one}, ["a"], ["key"], one, Draws(one, one, one), 1, one, one, one, one, one, one
+    )
     noted: list[object] = []
     monkeypatch.setattr(batch.Tensor, "record_stream", lambda _tensor, stream: noted.append(stream))
     raw.record_stream("main")

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from runtime import exit_codes
-from runtime.exit_record import RECORD_VARIABLE, recorded_exit, write_exit_record
+from runtime.exit_record import (
+    RECORD_VARIABLE,
+    RunEnd,
+    announce_folder,
+    announced_folder,
+    read_exit_record,
+    recorded_exit,
+    write_exit_record,
+)
+from runtime.stop import Preempted, Terminated
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,12 +37,25 @@ def no_second_record(monkeypatch):
     monkeypatch.delenv(RECORD_VARIABLE, raising=False)
 
 
-def end_run(folder, error=None, rank=0, step=7):
+def record_of(code, reason, step=7, rank=0, save_seconds=None):
+    """What exit.json must hold."""
+    return {
+        "code": code,
+        "reason": reason,
+        "step": step,
+        "rank": rank,
+        "host": socket.gethostname(),
+        "resumable": code in (1, 6, 75),
+        "save_seconds": save_seconds,
+    }
+
+
+def end_run(folder, error=None, rank=0, step=7, resumes=False):
     """Ends a run with `error` and returns (exit code, record)."""
     code = exit_codes.OK
     try:
         with recorded_exit(rank, CODES) as end:
-            end.folder, end.step = folder, step
+            end.folder, end.step, end.resumes = folder, step, resumes
             if error is not None:
                 raise error
     except SystemExit as stop:
@@ -42,7 +65,7 @@ def end_run(folder, error=None, rank=0, step=7):
 
 
 def test_success(tmp_path, capfd):
-    assert end_run(tmp_path) == (0, {"code": 0, "reason": "done", "step": 7, "rank": 0})
+    assert end_run(tmp_path) == (0, record_of(0, "done"))
     assert capfd.readouterr().err == ""
 
 
@@ -55,7 +78,7 @@ def test_success(tmp_path, capfd):
     ],
 )
 def test_an_end_that_is_no_fault_of_ours_has_a_message_and_no_traceback(tmp_path, capfd, error, code, reason):
-    assert end_run(tmp_path, error) == (code, {"code": code, "reason": reason, "step": 7, "rank": 0})
+    assert end_run(tmp_path, error) == (code, record_of(code, reason))
     assert capfd.readouterr().err == reason + "\n"
 
 
@@ -102,7 +125,21 @@ def test_an_error_in_a_loaders_worker_is_told_like_any_other(tmp_path, capfd):
     assert capfd.readouterr().err == "a.png does not decode: remove it\n"
 
 
-def test_sigterm_is_recorded(tmp_path):
+def test_a_run_that_was_stopped_and_has_saved_can_be_started_again(tmp_path, capfd):
+    assert end_run(tmp_path, Preempted("SIGTERM: saved step 7"), rank=2) == (
+        75,
+        record_of(75, "SIGTERM: saved step 7", rank=None),
+    )
+
+
+@pytest.mark.parametrize(("resumes", "code"), [(True, 75), (False, 143)])
+def test_a_run_that_is_stopped_before_its_first_step(tmp_path, capfd, resumes, code):
+    assert end_run(tmp_path, Terminated("SIGUSR1"), resumes=resumes)[0] == code
+    assert capfd.readouterr().err == "stopped by SIGUSR1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_recorded(tmp_path, number):
     body = f"""
 import time
 from pathlib import Path
@@ -114,12 +151,11 @@ with recorded_exit(0, {{}}) as end:
 """
     process = subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == exit_codes.TERMINATED
-    assert errors == b"stopped by SIGTERM\n"
-    record = json.loads((tmp_path / "exit.json").read_text())
-    assert record == {"code": 143, "reason": "stopped by SIGTERM", "step": 3, "rank": 0}
+    assert errors == f"stopped by {number.name}\n".encode()
+    assert json.loads((tmp_path / "exit.json").read_text()) == record_of(143, f"stopped by {number.name}", step=3)
 
 
 def test_the_handler_of_before_comes_back(tmp_path):
@@ -137,16 +173,36 @@ def test_the_first_rank_that_fails_keeps_the_word(tmp_path):
 def test_success_is_rank_0s_and_a_failure_after_it_replaces_it(tmp_path):
     assert end_run(tmp_path, rank=1)[1] is None
     assert end_run(tmp_path, rank=0)[1]["code"] == exit_codes.OK
-    assert end_run(tmp_path, Broken("late"), rank=2)[1] == {"code": 3, "reason": "late", "step": 7, "rank": 2}
+    assert end_run(tmp_path, Broken("late"), rank=2)[1] == record_of(3, "late", rank=2)
 
 
 def test_the_record_is_written_to_the_named_file_too_and_leaves_nothing_else(tmp_path, monkeypatch):
     named = tmp_path / "named.json"
     monkeypatch.setenv(RECORD_VARIABLE, str(named))
-    write_exit_record(None, exit_codes.CONFIG, "no folder yet", step=0, rank=0, text="to tell")
-    record = {"code": 2, "reason": "no folder yet", "step": 0, "rank": 0, "text": "to tell"}
-    assert json.loads(named.read_text()) == record
+    write_exit_record(RunEnd(0), exit_codes.CONFIG, "no folder yet", text="to tell")
+    expected = record_of(2, "no folder yet", step=0) | {"text": "to tell", "folder": None}
+    assert json.loads(named.read_text()) == expected == read_exit_record(named)
     assert os.listdir(tmp_path) == ["named.json"]
+
+
+def test_what_a_launcher_knows_replaces_a_failure_that_it_explains(tmp_path):
+    end_run(tmp_path, RuntimeError("connection closed by peer"), rank=0)
+    killed = RunEnd(3, tmp_path, step=7)
+    write_exit_record(killed, exit_codes.ERROR, "rank 3 was ended by SIGKILL", replaced=[exit_codes.ERROR])
+    assert read_exit_record(tmp_path / "exit.json")["rank"] == 3
+    (tmp_path / "other").mkdir()
+    end_run(tmp_path / "other", Broken("a.png"), rank=1)
+    write_exit_record(RunEnd(3, tmp_path / "other"), exit_codes.ERROR, "rank 3 was ended", replaced=[exit_codes.ERROR])
+    assert read_exit_record(tmp_path / "other" / "exit.json")["code"] == exit_codes.DATA, "a reason counts more"
+
+
+def test_a_run_announces_its_folder_to_who_named_a_file(tmp_path, monkeypatch):
+    named = tmp_path / "named.json"
+    announce_folder(tmp_path / "run")
+    assert announced_folder(named) is None
+    monkeypatch.setenv(RECORD_VARIABLE, str(named))
+    announce_folder(tmp_path / "run")
+    assert announced_folder(named) == tmp_path / "run"
 
 
 @pytest.mark.parametrize(

@@ -1,104 +1,119 @@
 """What the launcher makes of the ends of its ranks."""
 
-import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from runtime.exit_record import RECORD_VARIABLE, write_exit_record
-from scripts.launch import GRACE_SECONDS, RankEnd, explain, main, make_handler
+import scripts.launch
+from runtime.exit_record import RECORD_VARIABLE, RunEnd, read_exit_record, write_exit_record
+from runtime.watchdog import RankStacks
+from scripts.launch import Launcher, Machine, RankEnd, explain, main, read_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = f"--job.config_file={ROOT / 'train_configs' / 'flux_tiny.toml'}"
+HOST = socket.gethostname()
 
 
 def record(code, text="the text", rank=0):
     return {"code": code, "reason": "the reason", "step": 3, "rank": rank, "text": text}
 
 
-def ends(*codes, seconds=0):
-    """Ranks 0, 1, ... with these exit codes; each `seconds` after the one before."""
-    return {rank: RankEnd(code, 100.0 + rank * seconds) for rank, code in enumerate(codes)}
+def ends(*codes, ours=()):
+    """Ranks 0, 1, ... with these exit codes; `ours` were ended by the launcher."""
+    return {rank: RankEnd(code, rank in ours) for rank, code in enumerate(codes)}
 
 
 DONE, RAISED, STOPPED = record(0, ""), record(1, "Traceback ...\nRuntimeError: x"), record(143, "stopped by SIGTERM")
+SAVED = record(75, "SIGTERM: saved step 3", rank=None)
+KILLED = f"on {HOST} was ended by SIGKILL: did the machine run out of memory?"
+HELD = [RankStacks(0, "a", []), RankStacks(1, "b", [(f"{ROOT}/train.py", 7, "train_step")])]
 
 
 @pytest.mark.parametrize(
-    ("written", "failures", "stopped", "expected"),
+    ("written", "failed", "stopped", "expected"),
     [
         (DONE, {}, None, (0, "")),
         (None, {}, None, (0, "")),
         # A rank said why.
-        (record(2), ends(2, -15), None, (2, "the text")),
-        (record(3, rank=1), ends(-15, 3), None, (3, "the text")),
+        (record(2), ends(2, -15, ours=[1]), None, (2, "the text")),
+        (record(3, rank=1), ends(-15, 3, ours=[0]), None, (3, "the text")),
         (record(4), ends(4, 4), None, (4, "the text")),
-        (record(3), ends(3, -9, seconds=GRACE_SECONDS), None, (3, "the text")),  # the other one was stuck
+        (record(6), ends(6, -9, ours=[1]), None, (6, "the text")),
+        (record(3), ends(3, -9, ours=[1]), None, (3, "the text")),  # the other one was stuck
         (record(3), ends(-11, 3), None, (3, "the text")),  # crashed on its way out
         (RAISED, ends(1, 1), None, (1, RAISED["text"])),
-        (RAISED, ends(1, -9, seconds=GRACE_SECONDS), None, (1, RAISED["text"])),
+        (RAISED, ends(1, -9, ours=[1]), None, (1, RAISED["text"])),
+        (SAVED, ends(75, 75), None, (75, SAVED["text"])),  # the time was over, or one rank got the signal
         # A rank was killed; what the others say is only that it does not answer.
-        (None, ends(-9), None, (1, "rank 0 was ended by SIGKILL: did the machine run out of memory?")),
-        (RAISED, ends(1, -9), None, (1, "rank 1 was ended by SIGKILL: did the machine run out of memory?")),
-        (STOPPED, ends(-11, 143), None, (1, "rank 0 was ended by SIGSEGV")),
-        (STOPPED, ends(-6, -15), None, (1, "rank 0 was ended by SIGABRT")),
-        (DONE, ends(-11), None, (1, "rank 0 was ended by SIGSEGV")),  # after it was done
+        (None, ends(-9), None, (1, f"rank 0 {KILLED}")),
+        (RAISED, ends(1, -9), None, (1, f"rank 1 {KILLED}")),
+        (STOPPED, ends(-11, 143), None, (1, f"rank 0 on {HOST} was ended by SIGSEGV")),
+        (STOPPED, ends(-6, -15, ours=[1]), None, (1, f"rank 0 on {HOST} was ended by SIGABRT")),
+        (DONE, ends(-11), None, (1, f"rank 0 on {HOST} was ended by SIGSEGV")),  # after it was done
         # Nobody says why.
         (None, ends(1, 1), None, (1, "rank 0 ended with 1 and gave no reason")),
-        (STOPPED, ends(7, 143), None, (1, "rank 0 ended with 7 and gave no reason")),
-        (STOPPED, ends(-15, 143), None, (1, "rank 0 was ended by SIGTERM and gave no reason")),
+        (None, ends(7, -15, ours=[1]), None, (1, "rank 0 ended with 7 and gave no reason")),
+        (STOPPED, ends(7, 143), None, (1, "rank 0 ended with 7 and gave no reason")),  # what the launcher's signal did
+        (SAVED, ends(7, 75), None, (1, "rank 0 ended with 7 and gave no reason")),
         # The run was stopped from outside.
-        (None, {}, signal.SIGINT, (130, "interrupted by Ctrl-C")),
-        (None, {}, signal.SIGTERM, (143, "stopped by SIGTERM")),
-        (STOPPED, {}, signal.SIGTERM, (143, "stopped by SIGTERM")),
-        (DONE, {}, signal.SIGTERM, (143, "stopped by SIGTERM")),
-        (None, {}, signal.SIGHUP, (129, "stopped by SIGHUP")),
-        (record(3), {}, signal.SIGINT, (3, "the text")),  # it had failed before
+        (SAVED, ends(75, 75), signal.SIGTERM, (75, SAVED["text"])),
+        (DONE, {}, signal.SIGTERM, (0, "")),  # it was done all the same
+        (None, ends(130, 130), signal.SIGINT, (130, "interrupted by Ctrl-C")),
+        (None, ends(-15, -15), signal.SIGTERM, (143, "stopped by SIGTERM")),
+        (STOPPED, ends(143, 143), signal.SIGTERM, (143, "stopped by SIGTERM")),
+        (RAISED, ends(1, 1), signal.SIGTERM, (1, RAISED["text"])),
+        (record(3), ends(3), signal.SIGINT, (3, "the text")),  # it had failed before
     ],
 )
-def test_the_end_of_a_run(written, failures, stopped, expected):
-    assert explain(written, failures, stopped) == expected
+def test_the_end_of_a_run(written, failed, stopped, expected):
+    end = explain(written, failed, stopped, grace=30)
+    assert (end.code, end.text) == expected
 
 
-def test_a_second_signal_does_not_leave_ranks_behind():
-    class Ended(Exception):
-        def __init__(self, text, number):
-            self.number = number
+def test_a_run_that_could_not_save_in_time_says_so():
+    end = explain(None, ends(-9, -9, ours=[0, 1]), signal.SIGTERM, grace=30)
+    assert end.code == 1 and "killed 30 s later, before it had saved" in end.text and "FLUX_GRACE_SECONDS" in end.text
 
-    handler = make_handler(Ended)
-    with pytest.raises(Ended) as caught:
-        handler(signal.SIGINT, None)
-    assert caught.value.number is signal.SIGINT
-    handler(signal.SIGINT, None)
-    handler(signal.SIGTERM, None)
+
+@pytest.mark.parametrize("written", [None, RAISED])
+def test_a_rank_that_could_only_leave_its_stacks_is_named(written):
+    end = explain(written, ends(1, 1), stacks=HELD)
+    assert (end.code, end.text, end.rank) == (6, "hang: rank 1 on b stands still at train.py:7 in train_step", 1)
+
+
+def test_what_another_machine_tells_is_not_told_again():
+    assert explain(None, ends(-15, ours=[0]), elsewhere=True).text.startswith("another machine of the run has failed")
+    assert explain(RAISED, ends(1), elsewhere=True).text == RAISED["text"]
 
 
 class Stage:
-    """Runs main() with a stand-in for torchrun; programs that would take this one's place are noted."""
+    """Runs main() with stand-ins for the ranks; programs that would take this one's place are noted."""
 
     def __init__(self, monkeypatch):
-        self.programs, self.arguments, self.environment = [], [], {}
+        self.programs, self.environments, self.commands = [], [], []
         self.monkeypatch = monkeypatch
-        self.behave = lambda: None
+        self.program = "pass"
+        self._start = subprocess.Popen
         monkeypatch.setattr(os, "execv", self._execv)
-        monkeypatch.setattr("torch.distributed.run.main", self._torchrun)
-        # What main() sets is put back.
-        for name in ("OMP_NUM_THREADS", RECORD_VARIABLE, "TORCHELASTIC_SIGNALS_TO_HANDLE"):
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
+        monkeypatch.setattr(scripts.launch.subprocess, "Popen", self._popen)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setenv(RECORD_VARIABLE, "")  # what main() sets is put back
+        monkeypatch.delenv(RECORD_VARIABLE)
 
     def _execv(self, program, argv):
         self.programs.append(argv)
         raise SystemExit(0)
 
-    def _torchrun(self, arguments):
-        self.arguments, self.environment = arguments, dict(os.environ)
-        self.behave()
+    def _popen(self, command, env):
+        self.commands.append(command)
+        self.environments.append(env)
+        return self._start([sys.executable, "-c", self.program], env=env | {"PYTHONPATH": str(ROOT)})
 
     def run(self, *argv, processes="2"):
         self.monkeypatch.setenv("NGPU", processes)
@@ -107,75 +122,131 @@ class Stage:
 
 @pytest.fixture
 def stage(monkeypatch):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    level = logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
     yield Stage(monkeypatch)
-    logging.disable(level)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def failed(**exit_codes):
-    """torchrun's error when these ranks ended so."""
-    failures = {
-        int(rank.removeprefix("rank")): ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="")
-        for rank, code in exit_codes.items()
-    }
-    return ChildFailedError("train.py", failures)
-
-
-def test_torchrun_gets_the_processes_and_all_arguments(stage, capfd):
+def test_every_rank_is_told_its_place_and_all_arguments(stage, capfd):
     assert stage.run("--training.steps", "5", processes="4") == 0
-    assert "--nproc_per_node=4" in stage.arguments
-    assert stage.arguments[stage.arguments.index("train.py") + 1 :] == [TINY, "--training.steps", "5"]
-    assert stage.environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 4))
-    assert not Path(stage.environment[RECORD_VARIABLE]).parent.exists(), "nothing is left behind"
+    assert stage.commands == [[sys.executable, "train.py", TINY, "--training.steps", "5"]] * 4
+    for rank, environment in enumerate(stage.environments):
+        told = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        assert told == {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+        assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 4))
+        assert environment["FLUX_GRACE_SECONDS"] == "30"
+    assert not Path(stage.environments[0][RECORD_VARIABLE]).parent.exists(), "nothing is left behind"
     assert capfd.readouterr() == ("", "")
 
 
 def test_threads_that_the_user_chose_stay(stage, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     stage.run()
-    assert stage.environment["OMP_NUM_THREADS"] == "7"
+    assert stage.environments[0]["OMP_NUM_THREADS"] == "7"
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [(3, (3, "a.png does not decode\n")), (1, (1, "rank 1 was ended by SIGKILL: did the "))]
-)
-def test_the_recorded_end_counts_and_is_told_once(stage, capfd, code, expected):
-    def behave():
-        write_exit_record(None, code, "a.png", step=2, rank=0, text="a.png does not decode")
-        raise failed(rank0=code, rank1=-9)
-
-    stage.behave = behave
-    assert stage.run() == expected[0]
-    assert capfd.readouterr().err.startswith(expected[1])
+@pytest.mark.parametrize("processes", ["1", ""])
+def test_one_process_is_told_of_no_others(stage, monkeypatch, processes):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # a job system's
+    assert stage.run(processes=processes) == 0
+    assert stage.commands == [[sys.executable, "train.py", TINY]]
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & stage.environments[0].keys()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_ranks_and_gives_its_code(stage, capfd, number, code):
-    stage.behave = lambda: os.kill(os.getpid(), number)
+KILLS = "import os, time; os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(60)"
+
+
+def test_the_recorded_end_counts_and_is_told_once(stage, capfd):
+    stage.program = """
+import os
+from config.parse import read_process_count
+from runtime.exit_record import recorded_exit
+with recorded_exit(int(os.environ["RANK"]), {ValueError: 3}):
+    read_process_count({"NGPU": "x"})
+"""
+    assert stage.run() == 3
+    assert capfd.readouterr().err == "NGPU=x must be a number of processes, 1 or more\n"
+
+
+def test_a_dead_rank_ends_the_others_at_once(stage, capfd):
+    stage.program = KILLS
+    began = time.monotonic()
+    assert stage.run() == 1
+    assert time.monotonic() - began < 10
+    assert capfd.readouterr().err == f"rank 1 {KILLED}\n"
+
+
+def test_a_rank_that_does_not_listen_is_killed(stage, capfd):
+    stage.program = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "sys.exit(7) if os.environ['RANK'] == '0' else time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert stage.run() == 1
+    assert time.monotonic() - began < 10
+    assert capfd.readouterr().err == "rank 0 ended with 7 and gave no reason\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_is_passed_on(stage, capfd, number, code):
+    me = os.getpid()
+    stage.program = f"import os, time; os.environ['RANK'] == '0' and os.kill({me}, {int(number)}); time.sleep(60)"
     assert stage.run() == code
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert len(capfd.readouterr().err.splitlines()[-1:]) == 1
+
+
+def test_a_run_that_saves_has_its_grace_and_its_code(stage, capfd, monkeypatch):
+    monkeypatch.setenv("FLUX_GRACE_SECONDS", "20")
+    stage.program = f"""
+import os, signal, sys, time
+from runtime.exit_record import RunEnd, write_exit_record
+def leave(number, frame):
+    time.sleep(6)  # longer than the peer of a dead rank has
+    write_exit_record(RunEnd(0), 75, "SIGTERM: saved step 3", "SIGTERM: saved step 3")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, leave)
+time.sleep(0.3)
+os.kill({os.getpid()}, signal.SIGTERM) if os.environ["RANK"] == "0" else None
+time.sleep(60)
+"""
+    assert stage.run() == 75
+    assert capfd.readouterr().err == "SIGTERM: saved step 3\n"
+
+
+def test_a_run_that_does_not_leave_in_its_grace_is_killed(stage, capfd, monkeypatch):
+    monkeypatch.setenv("FLUX_GRACE_SECONDS", "1")
+    stage.program = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(0.3)
+os.kill({os.getpid()}, signal.SIGTERM) if os.environ["RANK"] == "0" else None
+time.sleep(60)
+"""
+    began = time.monotonic()
+    assert stage.run() == 1
+    assert time.monotonic() - began < 10
+    assert "killed 1 s later" in capfd.readouterr().err
 
 
 def test_what_runs_in_the_background_does_not_listen_to_ctrl_c(stage):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stage.behave = lambda: os.kill(os.getpid(), signal.SIGINT)
+    stage.program = f"import os; os.kill({os.getpid()}, 2)"
     assert stage.run() == 0
 
 
-def test_one_process_needs_no_torchrun(stage):
-    with pytest.raises(SystemExit):
-        stage.run("--training.steps=5", processes="1")
-    assert stage.programs == [[sys.executable, "train.py", TINY, "--training.steps=5"]]
-
-
-def test_without_a_number_of_processes_there_is_one(stage):
-    with pytest.raises(SystemExit):
-        stage.run(processes="")
-    assert stage.programs == [[sys.executable, "train.py", TINY]]
+def test_the_record_names_what_only_the_launcher_knows(tmp_path, monkeypatch):
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path / "record.json"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "record.json.folder").write_text(str(run))
+    write_exit_record(RunEnd(0, run, step=4), 1, "connection closed by peer")
+    launcher = Launcher(Machine(2), 30, tmp_path / "record.json")
+    code = launcher.run(lambda environment: subprocess.Popen([sys.executable, "-c", KILLS], env=environment))
+    told = read_exit_record(run / "exit.json")
+    assert code == 1 and told["rank"] == 1 and told["step"] == 4 and told["host"] == HOST
+    assert told["reason"] == f"rank 1 {KILLED}" and told["resumable"]
 
 
 def test_pretended_processes_need_only_one(stage):
@@ -184,6 +255,70 @@ def test_pretended_processes_need_only_one(stage):
     assert stage.programs == [
         [sys.executable, "-m", "scripts.dry_run", "--ranks", "1024", TINY, "--comm.mode=fake_backend"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK and MASTER_ADDR too"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "NNODES=2 needs MASTER_ADDR too"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 must be below NNODES=2"),
+        ({"NNODES": "two"}, "NNODES=two must be a number of at least 1"),
+        ({"NNODES": "2", "NODE_RANK": "x", "MASTER_ADDR": "a"}, "NODE_RANK=x must be a number of at least 0"),
+    ],
+)
+def test_a_job_system_that_says_too_little(environment, text):
+    with pytest.raises(ValueError, match=text):
+        read_machine(environment)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+MEETS = """
+import os, sys, torch.distributed as dist
+dist.init_process_group("gloo")
+sums = [None] * 4
+dist.all_gather_object(sums, int(os.environ["RANK"]))
+assert sums == [0, 1, 2, 3]
+if sys.argv[1] == "dies" and os.environ["RANK"] == "3":
+    os.kill(os.getpid(), 9)
+dist.barrier() if sys.argv[1] == "well" else __import__("time").sleep(60)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "codes"), [("well", [0, 0]), ("dies", [1, 1])])
+def test_two_machines(tmp_path, kind, codes):
+    """Here as two launchers that find each other over the network: ranks meet, and a death on one ends both."""
+    port = free_port()
+    program = (
+        "import subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from scripts.launch import Launcher, Machine\n"
+        "node, port, place = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])\n"
+        "command = [sys.executable, '-c', *sys.argv[4:]]\n"
+        "start = lambda environment: subprocess.Popen(command, env=environment)\n"
+        "sys.exit(Launcher(Machine(2, 2, node, 'localhost', port), 30, place).run(start))"
+    )
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(node), str(port), str(tmp_path / f"record-{node}"), MEETS, kind],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    told = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == codes, told
+    if kind == "dies":
+        assert told[1].endswith(f"rank 3 {KILLED}\n") and "another machine of the run has failed" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +333,7 @@ def test_pretended_processes_need_only_one(stage):
 def test_a_mistake_is_answered_once_before_anything_starts(stage, capfd, argv, processes, text):
     assert stage.run(*argv, processes=processes) == 2
     said = capfd.readouterr().err
-    assert said.count(text) == 1 and not stage.arguments and not stage.programs
+    assert said.count(text) == 1 and not stage.commands and not stage.programs
 
 
 def test_a_mistake_is_answered_without_torch():

@@ -9,11 +9,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from parallel.shards import copy_full_, full_tensor
 from tests.distributed.ranks import run_ranks
 from tests.unit.parallel.spread_layers import LAYOUTS, build_layers, make_full, world_size
+from tests.unit.training.unread import Unread
 from training.ema import build_ema, ema_decay, ema_weights, update_ema
 
 STEPS, DECAY = 12, 0.5  # from step 8 on, (1 + step) / (10 + step) is above the decay
 # float32 against float64: 12 updates round 3 times each, 6e-8 relative a time.
 ROUNDING = 3e-6
+MADE, SKIPPED = torch.zeros(()), torch.ones(())
 
 
 def weights_of_step(step, dtype=torch.float32):
@@ -33,7 +35,7 @@ def test_the_average_is_the_formulas(dtype):
     history = [weights_of_step(step, dtype) for step in range(STEPS + 1)]
     ema = build_ema(history[0])
     for step in range(1, STEPS + 1):
-        update_ema(ema, history[step], DECAY, step)
+        update_ema(ema, history[step], DECAY, step, MADE)
     decays = [min(DECAY, (1 + step) / (10 + step)) for step in range(1, STEPS + 1)]
     assert decays[0] < decays[6] < decays[8] == DECAY
     for name, average in ema.items():
@@ -42,6 +44,21 @@ def test_the_average_is_the_formulas(dtype):
         torch.testing.assert_close(average.double(), wanted, rtol=ROUNDING, atol=ROUNDING)
         without_warm_up = average_in_float64([weights[name] for weights in history], [DECAY] * STEPS)
         assert (average - without_warm_up).abs().max() > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_update_moves_no_average(dtype):
+    """Bit by bit the same as without the call, and one that is made as with a number of the host's."""
+    ema, wanted = build_ema(weights_of_step(0)), build_ema(weights_of_step(0))
+    with Unread():
+        for step, skip in enumerate([MADE, SKIPPED, MADE, MADE, SKIPPED], start=1):
+            weights = weights_of_step(step, dtype)
+            update_ema(ema, weights, 0.999, step, skip)
+            for name, average in wanted.items() if skip is MADE else ():
+                average.lerp_(weights[name].float(), 1 - ema_decay(0.999, step))
+    assert all(torch.equal(ema[name].view(torch.int32), wanted[name].view(torch.int32)) for name in ema)
+    update_ema(ema, weights, 0.999, 5, MADE)
+    assert not torch.equal(ema["a"], wanted["a"])  # control
 
 
 def test_early_steps_keep_little_and_late_ones_the_decay():
@@ -55,7 +72,7 @@ def test_a_move_too_small_for_bfloat16_is_kept():
     weights = {"a": torch.ones(1, dtype=torch.bfloat16)}
     ema = build_ema(weights)
     weights["a"] = torch.full((1,), 1.0078125, dtype=torch.bfloat16)  # the next number after 1
-    update_ema(ema, weights, 0.999, 10**6)
+    update_ema(ema, weights, 0.999, 10**6, MADE)
     assert 1 < ema["a"].item() < 1.00001
     assert ema["a"].bfloat16().item() == 1
 
@@ -96,8 +113,8 @@ def run_spread(rank: int, world: int, layout: str) -> dict:
             if step == 0:
                 ema, alone = build_ema(parameters), build_ema(full)
             else:
-                update_ema(ema, parameters, 0.9, step)
-                update_ema(alone, full, 0.9, step)
+                update_ema(ema, parameters, 0.9, step, MADE)
+                update_ema(alone, full, 0.9, step, MADE)
         assert communication.get_total_counts() == 0
     changes: list[int] = []
     with ema_weights(ema, parameters, lambda: changes.append(1)):
@@ -137,7 +154,7 @@ def run_float8(rank: int, world: int) -> list[tuple]:
     ema = build_ema(parameters)
     with torch.no_grad():
         parameters["0.weight"].mul_(3)
-    update_ema(ema, parameters, 0.0, 1)
+    update_ema(ema, parameters, 0.0, 1, MADE)
     with ema_weights(ema, parameters, model.reshard):
         drawn = model(torch.ones(1, 16)).detach()
     kind = type(parameters["0.weight"].to_local())

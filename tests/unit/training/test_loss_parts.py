@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.unit.training.unread import Unread
 from training.loss_parts import TIME_BINS, LossParts
 
 FLOAT32_ROUNDING = 1e-7  # relative, of one number
@@ -12,10 +13,17 @@ CPU = torch.device("cpu")
 LOSS = torch.tensor(0.75)
 
 
-def fill(parts: LossParts, samples: list[tuple[float, float, bool, float]]) -> LossParts:
-    """Adds one batch of (loss, time, uncaptioned, counts)."""
-    losses, times, uncaptioned, counts = zip(*samples, strict=True)
-    parts.add(torch.tensor(losses), torch.tensor(times), torch.tensor(uncaptioned), torch.tensor(counts))
+MADE, SKIPPED = torch.zeros(()), torch.ones(())
+Samples = list[tuple[float, float, bool, float]]  # (loss, time, uncaptioned, counts)
+
+
+def fill(parts: LossParts, *batches: Samples, skip: torch.Tensor = MADE) -> LossParts:
+    """Adds one update."""
+    parts.begin_update()
+    for samples in batches:
+        losses, times, uncaptioned, counts = zip(*samples, strict=True)
+        parts.add(torch.tensor(losses), torch.tensor(times), torch.tensor(uncaptioned), torch.tensor(counts))
+    parts.end_update(skip)
     return parts
 
 
@@ -56,16 +64,39 @@ def test_samples_without_a_caption_are_told_apart():
 
 def test_parts_are_of_all_samples_since_the_last_line_and_the_largest_loss_of_the_last_update():
     parts = LossParts(CPU, by_caption=True)
-    parts.begin_update()
     fill(parts, [(8.0, 0.5, False, 1.0)])
-    parts.begin_update()
-    fill(parts, [(1.0, 0.5, False, 1.0)])
-    fill(parts, [(3.0, 0.5, True, 1.0)])
+    fill(parts, [(1.0, 0.5, False, 1.0)], [(3.0, 0.5, True, 1.0)])
     told = figures([[parts]], [[2.0]])
     assert told["loss/t=0.5625"] == 4 and told["loss_max"] == 2
-    parts.begin_update()
     fill(parts, [(5.0, 0.5, False, 1.0)])
     assert figures([[parts]], [[5.0]])["loss/t=0.5625"] == 5, "what was told is forgotten"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 4e3])
+def test_an_update_that_was_left_out_is_in_no_mean(loss):
+    def run(skip: torch.Tensor) -> dict[str, float]:
+        parts = LossParts(CPU, by_caption=True)
+        fill(parts, [(1.0, 0.5, False, 1.0), (2.0, 0.1, True, 1.0)])
+        with Unread():
+            parts.begin_update()
+            for _ in range(2):
+                parts.add(torch.tensor([loss]), torch.tensor([0.5]), torch.tensor([False]), None)
+            parts.end_update(skip)
+        fill(parts, [(5.0, 0.5, False, 1.0)])
+        return figures([[parts]], [[5.0]])
+
+    told, without = run(SKIPPED), LossParts(CPU, by_caption=True)
+    fill(without, [(1.0, 0.5, False, 1.0), (2.0, 0.1, True, 1.0)])
+    assert told == figures([[fill(without, [(5.0, 0.5, False, 1.0)])]], [[5.0]])
+    assert told["loss/t=0.5625"] == 3 and told["loss_max"] == 5
+    assert not run(MADE)["loss/t=0.5625"] < 1e3  # control
+
+
+def test_the_last_update_is_looked_at_even_when_it_was_left_out():
+    parts = fill(LossParts(CPU, by_caption=True), [(1.0, 0.5, False, 1.0)])
+    told = figures([[fill(parts, [(6.0, 0.1, False, 1.0), (8.0, 0.5, False, 1.0)], skip=SKIPPED)]], [[7.0]])
+    assert told == {"loss": 7, "loss/t=0.5625": 1, "loss/captioned": 1, "loss_max": 7}
+    assert figures([[fill(parts, [(3.0, 0.5, False, 1.0)], skip=SKIPPED)]], [[3.0]]) == {"loss": 3, "loss_max": 3}
 
 
 def test_what_only_fills_up_a_batch_does_not_count():
