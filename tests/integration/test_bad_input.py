@@ -176,7 +176,7 @@ def test_a_plan_that_does_not_fit_ends_the_run_before_anything_is_built(monkeypa
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2**20, 2**30))
         memory_advice.check_memory(config, replace(layout, device=torch.device("cuda")))
 
-    monkeypatch.setattr("train.check_memory", check_on_gpu)
+    monkeypatch.setattr("preflight.check_memory", check_on_gpu)
     monkeypatch.setattr("train.FluxTrainer", lambda *_arguments: pytest.fail("built"))
     code, said = fail(capfd, tmp_path)
     assert code == EXIT_CODES[ValueError] and "does not fit into memory with training.local_batch_size=" in said

@@ -15,7 +15,16 @@ from config.parse import ConfigError, parse
 ROOT = Path(__file__).parents[2]
 PAGES = [
     f"docs/{name}.md"
-    for name in ("parallelism", "checkpoints", "data", "metrics", "convergence", "profiling", "performance")
+    for name in (
+        "parallelism",
+        "checkpoints",
+        "data",
+        "metrics",
+        "convergence",
+        "profiling",
+        "performance",
+        "reliability",
+    )
 ]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
