@@ -47,6 +47,7 @@ from parallel.gradients import group_by_mesh
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, check_techniques, parallelize
 from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
+from redact import redact_values
 from runtime.exit_record import announce_folder
 from runtime.hardware import find_accelerator
 from runtime.preflight import read_package_versions
@@ -393,7 +394,7 @@ def describe_run(
         "flavor": config.model.flavor,
         "layout": layout.describe(),
         "versions": read_versions(),
-        "config": asdict(config),
+        "config": redact_values(asdict(config)),
     }
 
 

@@ -72,9 +72,11 @@ from parallel.quantize import after_update
 from parallel.replicas import ReplicasDiffer
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from preflight import check_run, look_alone
+from redact import redact_values
 from runtime import exit_codes
 from runtime.exit_record import RunEnd, recorded_exit
 from runtime.log import log_stage, setup_logging
+from runtime.run_folder import closed_to_others
 from runtime.stop import Preempted, check_grace
 from runtime.watchdog import Watchdog
 from step_guard import StepGuard
@@ -149,7 +151,7 @@ class FluxTrainer:
         self.metrics: MetricsLogger | None = None  # on rank 0
         if layout.rank == 0:
             mllog = build_mllog(config, folder, layout, data) if config.metrics.enable_mllog else None
-            self.metrics = MetricsLogger(folder, config.metrics, asdict(config), self.step, mllog)
+            self.metrics = MetricsLogger(folder, config.metrics, redact_values(asdict(config)), self.step, mllog)
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
         watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
@@ -377,7 +379,7 @@ class FluxTrainer:
 
 
 def main(argv: list[str]) -> None:
-    with recorded_exit(0, EXIT_CODES) as end, ExitStack() as within:
+    with closed_to_others(), recorded_exit(0, EXIT_CODES) as end, ExitStack() as within:
         end.rank, world_size = read_ranks(os.environ)
         setup_logging(end.rank)
         config = load_config(argv, world_size, quiet=end.rank > 0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from config.accepted import NO_EFFECT_YET, NOT_USED_HERE
 from config.job_config import JobConfig
-from config.redact import redact
+from redact import redact
 
 _WANTED = {
     bool: "true or false",

@@ -12,8 +12,8 @@ from config.checks import find_doubts, find_faults
 from config.help import help_text
 from config.job_config import JobConfig
 from config.keys import ACCEPTED, KEYS, TABLES, find_key
-from config.redact import has_token, redact
 from config.sources import DEFAULTS, Entry, Fault, Place, read_command_line, read_file
+from redact import has_token, redact
 
 
 class ConfigError(ValueError):

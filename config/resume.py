@@ -7,6 +7,7 @@ from typing import Any
 from config.job_config import JobConfig
 from config.keys import KEYS, show
 from config.parse import build_config
+from redact import redact_values
 
 # Sections and keys that change where and how a run computes, saves and tells, but not what it computes.
 _NEUTRAL = (
@@ -68,7 +69,8 @@ def find_changes(saved: Mapping[str, Any], config: JobConfig, update_size: int) 
         saved: what a checkpoint knows beside its tensors: "config" with its sections, and "update_size".
         update_size: samples per update now.
     """
-    before, now = dict(_flatten(saved.get("config", {}))), dict(_flatten(asdict(config)))
+    # Saved without its secrets: another signature is no other data.
+    before, now = (dict(_flatten(redact_values(values))) for values in (saved.get("config", {}), asdict(config)))
     names = [name for name in now if name in before and not name.startswith(_NEUTRAL)]
     changes = [f"{name} {show(before[name])} -> {show(now[name])}" for name in names if before[name] != now[name]]
     if (size := saved.get("update_size", update_size)) != update_size:

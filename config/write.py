@@ -1,4 +1,4 @@
-"""JobConfig -> TOML with comments, which `load_config` reads back to an equal JobConfig."""
+"""JobConfig -> TOML with comments, which `load_config` reads back to an equal JobConfig, but for secrets of URLs."""
 
 import json
 from dataclasses import asdict, fields, is_dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from config.job_config import JobConfig
 from config.keys import KEYS, Key
+from redact import redact
 
 CONFIG_FILE = "config.toml"  # in the run folder
 
@@ -51,6 +52,8 @@ def _toml(value: Any) -> str:
         return f"{{ {', '.join(pairs)} }}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        value = redact(value)
     if isinstance(value, bool | str):
         # JSON's strings are TOML's, except that TOML wants DEL escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

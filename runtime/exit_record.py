@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redact import redact
 from runtime import exit_codes
 from runtime.log import write_stderr
 from runtime.stop import Preempted, Terminated, stopped_by_signals
@@ -92,7 +93,7 @@ def write_exit_record(
     """
     record = {
         "code": code,
-        "reason": reason,
+        "reason": redact(reason),
         "step": end.step,
         "rank": None if code == exit_codes.PREEMPTED else end.rank,  # all of them were
         "host": host or socket.gethostname(),
@@ -104,7 +105,7 @@ def write_exit_record(
         _place(end.folder / RECORD_NAME, record, replaced)
     named = os.environ.get(RECORD_VARIABLE)
     folder = None if end.folder is None else str(end.folder)
-    return named is not None and _place(Path(named), {**record, "text": text, "folder": folder}, replaced)
+    return named is not None and _place(Path(named), {**record, "text": redact(text), "folder": folder}, replaced)
 
 
 def announce_folder(folder: Path) -> None:

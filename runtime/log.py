@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from redact import redact
+
 # Whose lines are told; a library's are not.
 LOGGERS = ("__main__", "train", "config", "flux", "parallel", "checkpoint", "training", "runtime")
 
@@ -18,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def write_stderr(text: str) -> None:
-    """Prints to stderr, above a progress bar when there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Prints to stderr, above a progress bar when there is one; secrets are blacked out."""
+    tqdm.write(redact(text), file=sys.stderr)
     sys.stderr.flush()
 
 

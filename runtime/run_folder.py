@@ -1,11 +1,24 @@
 """The folder a run writes into. Two runs never share one; a run that saves checkpoints goes on in its own."""
 
 import itertools
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.exit_record import RECORD_NAME
 from runtime.run_lock import LOCK_NAME, FolderInUse, RunLock
+
+
+@contextmanager
+def closed_to_others() -> Iterator[None]:
+    """Files that are made inside are not for everybody on the machine. What the group may do, the user's umask says."""
+    before = os.umask(0)
+    os.umask(before | 0o007)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def claim_run_folder(dump_folder: str | Path, resumable: str | None = None) -> Path:

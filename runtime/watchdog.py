@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from typing import Self, TextIO
 from runtime import exit_codes
 from runtime.exit_record import PROJECT, RunEnd, write_exit_record
 from runtime.log import write_stderr
+from runtime.stop import STOP_SIGNALS
 
 STACKS_FOLDER = "stacks"  # in the run folder, while the run lives, and of one that stood still
 # Seconds after the limit: until a rank whose lock is held is ended, and until the stacks of all are looked at.
@@ -96,6 +98,8 @@ class Watchdog:
     def close(self) -> None:
         """The run has ended: there is nothing to watch, and no stacks to keep."""
         if self._telling:  # others have ended meanwhile, and this rank with them: the word is the watchdog's
+            for number in STOP_SIGNALS:  # a launcher's, which has seen others end
+                signal.signal(number, signal.SIG_IGN)
             self._thread.join()
         self._deadline = self._step_began = None
         if self._file is None:
@@ -200,10 +204,15 @@ def read_stacks(folder: Path) -> list[RankStacks]:
     return sorted(ranks, key=lambda one: one.rank)
 
 
-def explain_hang(ranks: list[RankStacks], what: str, seconds: float) -> Hang:
-    """Names the ranks that the others wait for."""
+def find_guilty(ranks: Sequence[RankStacks]) -> list[RankStacks]:
+    """The ranks that the others wait for: those that give no sign, or else those that wait for nobody."""
     silent = [one for one in ranks if not one.frames]
-    guilty = silent or [one for one in ranks if not one.waits]
+    return silent or [one for one in ranks if not one.waits]
+
+
+def explain_hang(ranks: list[RankStacks], what: str, seconds: float) -> Hang:
+    """Says for whom the others wait."""
+    guilty = find_guilty(ranks)
     took = f"in {what}, which took longer than {seconds:g} s"
     if not guilty or len(guilty) == len(ranks) > 1:
         done = "are busy" if guilty else "wait for each other"

@@ -15,6 +15,7 @@ from config.job_config import JobConfig
 from config.parse import ConfigError, parse, read_process_count
 from flux.spec import PIXELS_PER_TOKEN
 from parallel.degrees import resolve_degrees
+from redact import redact
 from runtime import exit_codes
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return exit_codes.CONFIG
-    print("\n".join(["ok", summarize(config, world_size), *(f"warning: {warning}" for warning in warnings)]))
+    print(redact("\n".join(["ok", summarize(config, world_size), *(f"warning: {warning}" for warning in warnings)])))
     return exit_codes.OK
 
 

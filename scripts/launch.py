@@ -37,7 +37,7 @@ from runtime.exit_record import (
 )
 from runtime.hardware import usable_cores
 from runtime.stop import GRACE_VARIABLE, STOP_SIGNALS, grace_seconds
-from runtime.watchdog import STACKS_FOLDER, RankStacks, read_stacks
+from runtime.watchdog import STACKS_FOLDER, RankStacks, find_guilty, read_stacks
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -304,7 +304,7 @@ def explain(
             name = signal.Signals(-end.exit_code).name
             hint = ": did the machine run out of memory?" if name == "SIGKILL" else ""
             return End(exit_codes.ERROR, f"rank {rank} on {socket.gethostname()} was ended by {name}{hint}", rank)
-    if failed and (held := [one for one in stacks if one.frames and one.rank in failed]):
+    if failed and (held := [one for one in find_guilty(stacks) if one.frames and one.rank in failed]):
         first = held[0]
         return End(exit_codes.HANG, f"hang: rank {first.rank} on {first.host} stands still{first.place}", first.rank)
     if record is not None and record["code"] != exit_codes.OK:

@@ -2,6 +2,8 @@
 
 from typing import Literal, get_args
 
+from redact import redact
+
 # Why a sample cannot be used; metrics count by these words.
 Reason = Literal[
     "unreadable",  # its bytes are not there: a shard that is cut short, lost or not readable
@@ -31,6 +33,7 @@ class BadSample(DataError):
     """
 
     def __init__(self, reason: Reason, detail: str, key: str = "", shard: str = ""):
+        detail = redact(detail)  # which is written down, and may quote a URL
         super().__init__(f"{shard}: {key}: {detail}" if shard else f"{key}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from flux.config import Data
 from flux.data.errors import DataError
 from flux.data.shard_cache import ShardFile
-from flux.data.storage import is_local, locked
+from flux.data.storage import is_local, locked, without_query
+from redact import redact
 
 FORMAT = 1  # of the index and of what the scans put into it
 NAMED = 10  # damaged files that a warning names
@@ -65,21 +66,23 @@ class Index:
 
     Args:
         path: of the safetensors file.
+        urls: of the files, where the index keeps them without a secret; else none.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, urls: Sequence[str] = ()):
+        self.path, self._urls = path, urls
         with safe_open(path, framework="pt") as file:
-            self.files = [IndexedFile(*row) for row in json.loads(file.metadata()["files"])]
+            files = [IndexedFile(*row) for row in json.loads(file.metadata()["files"])]
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, not a dict
+        self.files = [one._replace(url=url) for one, url in zip(files, urls, strict=True)] if urls else files
         self._keys: np.ndarray = arrays.pop("keys")
         self.columns: dict[str, np.ndarray] = arrays
         self.ends = np.cumsum([file.entries for file in self.files])
         self._key_ends = np.cumsum([file.key_bytes for file in self.files])
         self.names = name_files([file.url for file in self.files])
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return Index, (self.path,)  # other processes map the file themselves
+    def __reduce__(self) -> tuple[type, tuple[Path, Sequence[str]]]:
+        return Index, (self.path, self._urls)  # other processes map the file themselves
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -133,18 +136,19 @@ def open_index(kind: Kind, urls: Sequence[str], data: Data, key: str, show_progr
     urls = [os.path.abspath(url) if is_local(url) else url for url in urls]
     identity = json.dumps([FORMAT, kind.name, kind.settings, urls])
     path = Path(data.index_folder) / f"{kind.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    index = _load(path)
+    whole = urls if any(redact(url) != url for url in urls) else ()
+    index = _load(path, whole)
     if index is None or _outdated(index, data):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".lock")):
-                index = _load(path)  # another process may have made it
+                index = _load(path, whole)  # another process may have made it
                 _make(path, index, kind, urls, data, show_progress)
         except OSError as error:
             raise ValueError(
                 f"data.index_folder={data.index_folder!r} cannot be written ({error}): name a folder that can"
             ) from error
-        index = Index(path)
+        index = Index(path, whole)
     _report_damage(index, kind, data, key)
     if not len(index):
         raise DataError(f"{key}: no {kind.entry} in {urls[0]}{_others(urls)}: correct the path")
@@ -156,8 +160,8 @@ def name_files(urls: Sequence[str]) -> list[str]:
 
     Without the queries of signed URLs, which are others tomorrow, unless it is they that tell the files apart.
     """
-    plain = [url.partition("?")[0] if url.startswith(("http://", "https://")) else url for url in urls]
-    parts = [url.split("/") for url in (plain if len(set(plain)) == len(urls) else urls)]
+    plain = [without_query(url) for url in urls]
+    parts = [redact(url).split("/") for url in (plain if len(set(plain)) == len(urls) else urls)]
     folders = [path[:-1] for path in parts]
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
     return ["/".join(path[shared:]) for path in parts]
@@ -171,9 +175,9 @@ def present_size(url: str) -> int:
         return -1
 
 
-def _load(path: Path) -> Index | None:
+def _load(path: Path, urls: Sequence[str]) -> Index | None:
     try:
-        return Index(path)
+        return Index(path, urls)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -248,7 +252,7 @@ def _as_it_is(scan: Any) -> Any:
 
 def _save(path: Path, urls: Sequence[str], scans: Sequence[Scan]) -> None:
     files = [
-        IndexedFile(url, scan.bytes, len(scan.columns["end"]), len(scan.keys), scan.damage)
+        IndexedFile(redact(url), scan.bytes, len(scan.columns["end"]), len(scan.keys), redact(scan.damage))
         for url, scan in zip(urls, scans, strict=True)
     ]
     arrays = {name: np.concatenate([scan.columns[name] for scan in scans]) for name in scans[0].columns}

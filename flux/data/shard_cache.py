@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from flux.config import Data
-from flux.data.storage import BLOCK_BYTES, file_size, is_local, locked, open_stream, read_at, read_range
+from flux.data.storage import BLOCK_BYTES, file_size, is_local, locked, open_stream, read_at, read_range, without_query
 
 PART = ".part"  # ends the name of a copy that is still being made
 WAIT_SECONDS = 0.2
@@ -101,7 +101,7 @@ class ShardCache:
             OSError: the shard does not come, or has changed.
         """
         digest = hashlib.sha256(repr(file).encode()).hexdigest()[:16]
-        path = self.folder / f"{digest}-{posixpath.basename(file.url)[-80:]}"
+        path = self.folder / f"{digest}-{posixpath.basename(without_query(file.url))[-80:]}"
         while True:
             try:
                 copy = path.open("rb")

@@ -24,6 +24,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from flux.data.errors import DataError
+from redact import BLACKED
 
 # Scheme -> the package that opens it.
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -40,6 +41,11 @@ T = TypeVar("T")
 
 def is_local(url: str) -> bool:
     return "://" not in url
+
+
+def without_query(url: str) -> str:
+    """The name of a file on the web: what signs a URL is another tomorrow."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def list_files(pattern: str, key: str, suffix: str) -> list[str]:
@@ -213,6 +219,8 @@ def _check_scheme(pattern: str, key: str) -> None:
         raise ValueError(f"{key}={pattern!r} would run a command, which data sets may not: name files or a URL")
     if is_local(pattern):
         return
+    if BLACKED in pattern:
+        raise ValueError(f"{key}={pattern!r} has lost a secret, which no file of a run keeps: give the whole URL again")
     scheme = pattern.partition("://")[0]
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)

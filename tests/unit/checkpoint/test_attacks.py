@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -24,6 +25,7 @@ from checkpoint.manifest import MANIFEST, FileEntry, make_entry, read_manifest, 
 from checkpoint.safe_metadata import METADATA, read_metadata
 from checkpoint.safetensors_file import open_indexed, open_safetensors
 from flux.conditioner import load_clip, load_t5
+from flux.data.tokenizers import FluxTokenizer
 from flux.huggingface import CLIPTextConfig, T5Config
 from flux.spec import SPECS
 from flux.text_folders import TINY_CLIP, TINY_T5
@@ -313,6 +315,27 @@ def test_a_text_encoder_that_asks_for_somebodys_attention(tmp_path, monkeypatch,
     assert config_class.from_dict(values)._attn_implementation == "somebody/kernel"  # control
     model = load(folder, SPECS["flux-tiny"].transformer, torch.float32, "cpu")
     assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_text_encoder_that_brings_its_own_code(tmp_path, proof, kind):
+    """Libraries run it where trust_remote_code says so, or where a name leads to it."""
+    source, load = (TINY_T5.weights, load_t5) if kind == "t5" else (TINY_CLIP.weights, load_clip)
+    folder = shutil.copytree(source, tmp_path / kind)
+    (folder / "mine.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nMine = None\n")
+    names = ("AutoConfig", "AutoModel", "AutoModelForTextEncoding", "AutoTokenizer")
+    for file in ("config.json", "tokenizer_config.json"):
+        values = json.loads((folder / file).read_text()) | {"trust_remote_code": True}
+        values |= {"auto_map": dict.fromkeys(names, "mine.Mine") | {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+        (folder / file).write_text(json.dumps(values))
+    with suppress(Exception):  # control; the code has run before the library misses a class in it
+        transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+    assert proof.exists(), "the fixture is harmless"
+    proof.rmdir()
+    load(folder, SPECS["flux-tiny"].transformer, torch.float32, "cpu")
+    folders = (folder, TINY_CLIP.tokenizer) if kind == "t5" else (TINY_T5.tokenizer, folder)
+    FluxTokenizer(*folders, max_t5_length=16)
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize("name", ["flux.pt", "flux.bin", "flux.ckpt", "flux.pth", "flux.safetensors"])

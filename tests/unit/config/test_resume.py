@@ -8,6 +8,7 @@ import pytest
 from config.job_config import JobConfig
 from config.parse import parse
 from config.resume import find_changes, find_version_changes, restore_config, settle_seed
+from redact import redact_values
 
 COMMAND = [
     "--training.img_size=64",
@@ -133,6 +134,20 @@ def test_more_processes_that_make_a_larger_update_are_told():
         "samples per update 8 -> 16 (training.global_batch_size keeps them)"
     ]
     assert find_changes({}, parse([])[0], update_size=16) == []  # only the weights of another run
+
+
+def test_another_signature_is_no_other_data():
+    """A checkpoint keeps no secret, and one that did tells none."""
+    urls = [
+        f"https://{login}@host/{file}.tar?sig={login}" for login, file in (("a:b", "x"), ("c:d", "x"), ("c:d", "y"))
+    ]
+    was, signed_again, other = (
+        parse(["--training.dataset=webdataset", f"--training.dataset_path={url}"])[0] for url in urls
+    )
+    for saved in (asdict(was), redact_values(asdict(was))):
+        assert find_changes({"config": saved}, signed_again, update_size=8) == []
+        (text,) = find_changes({"config": saved}, other, update_size=8)
+        assert "a:b" not in text and "c:d" not in text and "********@host/x.tar" in text
 
 
 def test_other_versions_than_then():

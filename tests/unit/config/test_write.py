@@ -161,3 +161,14 @@ def test_floats_keep_every_bit(tmp_path, value):
     config = replace(JobConfig(), optimizer=replace(JobConfig().optimizer, lr=value))
     save_config(config, file)
     assert load_config(["--job.config_file", str(file)]).optimizer.lr == value
+
+
+def test_secrets_of_urls_are_blacked_out_and_the_rest_comes_back(tmp_path):
+    path = """https://reader:p4ss"@host/a.tar?sig=5ign\\"x"""
+    config, _ = parse([f"--training.dataset_path={path}", "--training.dataset=webdataset"])
+    save_config(config, tmp_path / "config.toml")
+    text = (tmp_path / "config.toml").read_text()
+    assert "p4ss" not in text and "5ign" not in text
+    again, _ = parse(["--job.config_file", str(tmp_path / "config.toml")])
+    assert "********" in again.training.dataset_path
+    assert replace(again, training=replace(again.training, dataset_path=path)) == config

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from runtime.log import LOGGERS, StepLog, log_stage, setup_logging
+from runtime.log import LOGGERS, StepLog, log_stage, setup_logging, write_stderr
 
 VALUES = {
     "loss": 0.62134,
@@ -127,3 +127,10 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stay_whole(monkeypatch):
     assert "2/4" in text and "loss 0.6213" in text
     assert "step     2/4" not in text
     assert "a line in between" in text.replace("\r", "\n").splitlines()
+
+
+def test_no_line_shows_a_secret(capsys):
+    setup_logging(rank=0)
+    logging.getLogger("flux").info("%s is asked again", "https://reader:p4ss@host/a.tar?sig=5ign")
+    write_stderr("Traceback: hf_" + "aB3" * 12)
+    assert capsys.readouterr().err == ("https://********@host/a.tar?sig=******** is asked again\nTraceback: ********\n")

@@ -1,11 +1,12 @@
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.run_folder import claim_run_folder
+from runtime.run_folder import claim_run_folder, closed_to_others
 from runtime.run_lock import LOCK_NAME, FolderInUse
 
 ROOT = Path(__file__).parents[3]
@@ -142,3 +143,19 @@ def test_a_run_killed_while_it_claimed_is_found(tmp_path):
     (tmp_path / "run" / LOCK_NAME).touch()
     assert claim_run_folder(tmp_path / "run") == tmp_path / "run-2"
     assert claim_and_end(tmp_path / "run") == "run"
+
+
+@pytest.mark.parametrize(
+    ("umask", "file", "folder"), [(0o022, 0o640, 0o750), (0o002, 0o660, 0o770), (0o077, 0o600, 0o700)]
+)
+def test_files_are_closed_to_others_and_open_to_the_group_as_its_owner_wants(tmp_path, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        with pytest.raises(SystemExit), closed_to_others():
+            (claim_run_folder(tmp_path / "run") / "x").touch()
+            raise SystemExit
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run").stat().st_mode & 0o777 == folder
+    assert (tmp_path / "run" / "x").stat().st_mode & 0o777 == file

@@ -32,7 +32,10 @@ def ends(*codes, ours=()):
 DONE, RAISED, STOPPED = record(0, ""), record(1, "Traceback ...\nRuntimeError: x"), record(143, "stopped by SIGTERM")
 SAVED = record(75, "SIGTERM: saved step 3", rank=None)
 KILLED = f"on {HOST} was ended by SIGKILL: did the machine run out of memory?"
-HELD = [RankStacks(0, "a", []), RankStacks(1, "b", [(f"{ROOT}/train.py", 7, "train_step")])]
+HELD = [
+    RankStacks(0, "a", [("/torch/distributed/x.py", 1, "wait")]),
+    RankStacks(1, "b", [(f"{ROOT}/train.py", 7, "train_step")]),
+]
 
 
 @pytest.mark.parametrize(

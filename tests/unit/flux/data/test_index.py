@@ -261,3 +261,20 @@ def test_a_shard_that_was_cut_short_before(tars, data):
 def test_keys_are_those_of_the_scan(tars, data):
     source = WebDatasetSource(str(tars), data)
     assert keys(source._index.scan(1)) == [f"1{number}" for number in range(SAMPLES)]
+
+
+def test_an_index_keeps_no_secret_and_opens_files_with_it(tmp_path, data):
+    """In other processes too."""
+    urls = [f"http://reader:p4ss@host/{name}.x?sig=5ign" for name in "ab"]
+    kind = Kind("lines", "lines", lambda url: scan_lines_of(url, damage=f"{url} stops"), [])
+    skipping = replace(data, on_bad_shard="skip")
+    for index in (open_index(kind, urls, skipping, KEY), open_index(kind, urls, skipping, KEY)):  # made, and found
+        for one in (index, pickle.loads(pickle.dumps(index))):
+            assert [file.url for file in one.shard_files()] == urls and one.names == ["a.x", "b.x"]
+    text = index.path.read_bytes()
+    assert b"p4ss" not in text and b"5ign" not in text and b"://********@host/a.x?sig=********" in text
+
+
+def scan_lines_of(url: str, damage: str) -> Scan:
+    one = np.ones(1, np.int64)
+    return Scan(3, {"length": one, "end": one, "key_end": one}, np.frombuffer(b"k", np.uint8), damage)

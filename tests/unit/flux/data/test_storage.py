@@ -295,3 +295,20 @@ def test_many_at_once_stay_within_the_bound(server, tmp_path):
     done.set()
     watcher.join()
     assert wrong == [] and 0 < largest[0] <= room
+
+
+def test_a_url_that_has_lost_a_secret_is_refused():
+    for url in ("https://********@host/a.tar", "https://host/a.tar?X-Amz-Signature=********"):
+        with pytest.raises(
+            ValueError, match="has lost a secret, which no file of a run keeps: give the whole URL again"
+        ):
+            list_files(url, KEY, ".tar")
+
+
+def test_a_copy_is_named_without_what_signs_its_url(server, tmp_path):
+    server.files["a.tar?sig=5ign"] = CONTENT
+    cache = ShardCache(tmp_path, 10**6)
+    with cache.open(ShardFile(server.url("a.tar?sig=5ign"), len(CONTENT))) as copy:
+        assert copy.read() == CONTENT
+    (name,) = (path.name for path in tmp_path.iterdir() if path.name != ".lock")
+    assert name.endswith("-a.tar")
