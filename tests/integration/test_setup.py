@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["run_train.sh", "run_tests.sh", "setup_env.sh", ".ci/run"]
+SCRIPTS = ["run_train.sh", "run_slurm.sh", "run_tests.sh", "setup_env.sh", ".ci/run"]
 
 # Stands for an environment that serves. It notes each call with NGPU; what it answers is set by variables.
 PYTHON = r"""#!/usr/bin/env bash

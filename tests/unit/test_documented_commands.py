@@ -24,6 +24,7 @@ PAGES = [
         "profiling",
         "performance",
         "reliability",
+        "clusters",
     )
 ]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
@@ -42,13 +43,19 @@ def commands(text: str) -> list[list[str]]:
 
 def is_command(line: str) -> bool:
     """Whether a line starts one of the project's own commands; a block may show output too."""
-    return re.match(r"(\$ )?([A-Z_]+=\S* )*(\./|\S*python3? |torchrun |\.venv/|\.ci/)", line) is not None
+    own = r"(\$ )?([A-Z_]+=\S* )*(\./|\S*python3? |torchrun |\.venv/|\.ci/|sbatch |ssh \S+ \")"
+    return re.match(own, line) is not None
 
 
 def problem(command: list[str]) -> str | None:
     """Why a command could not be given as it is shown, or None."""
     settings = dict(word.split("=", 1) for word in command if SETTING.match(word))
     program, *arguments = [word for word in command if not SETTING.match(word)]
+    if program == "ssh":  # the last of what is done there
+        return problem(shlex.split(arguments[1].rpartition("&&")[2]))
+    if program == "sbatch":
+        return config_problem(["--job.config_file", *arguments[arguments.index("run_slurm.sh") + 1 :]])
+    program = program.removeprefix(".venv/bin/")
     if program == "./run_train.sh":
         file = settings.get("CONFIG_FILE", "train_configs/flux_tiny.toml")
         return config_problem(["--job.config_file", file, *arguments])
@@ -187,6 +194,10 @@ def test_the_reader_finds_commands_and_only_them():
         "python -m scripts.no_such_script",
         "python -m scripts.check_config train_configs/none.toml",
         ".venv/bin/python -m scripts.sample --no-such-flag 1",
+        "sbatch --nodes=2 run_slurm.sh train_configs/none.toml",
+        "sbatch run_slurm.sh train_configs/flux_tiny.toml --training.stepz 5",
+        "ssh node2 'cd there && NODE_RANK=1 ./run_train.sh --training.stepz 5' &",
+        "ssh node2 'cd there && .venv/bin/torchrun --nproc_per_node=8 train.py --training.stepz 5' &",
     ],
 )
 def test_a_wrong_command_is_found(command):

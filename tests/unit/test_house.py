@@ -40,7 +40,7 @@ DATASET_BENCHMARK = "benchmarks/data.py"  # compares with them
 
 # Answered before torch is imported: a configuration, an environment.
 TORCH_FREE = ["*/config.py", "config/*.py", "flux/spec.py", "flux/rules.py", "runtime/*.py", "scripts/check_*.py"]
-TORCH_FREE += [f"{module}.py" for module in SERVES_ALL]
+TORCH_FREE += ["scripts/requeue.py", *(f"{module}.py" for module in SERVES_ALL)]
 LIGHT_LIBRARIES = {"tqdm"}
 
 # The only room that knows DCP, whose own reader unpickles whatever it is given.

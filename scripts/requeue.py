@@ -1,0 +1,117 @@
+"""Should a run that has ended be started again? run_slurm.sh and the pods of cluster/pytorchjob.yaml ask.
+
+    began=$(python -m scripts.requeue begin --job.config_file FILE [--section.key value ...])
+    ... the run ...
+    again=$(python -m scripts.requeue end $began --job.config_file FILE [--section.key value ...])
+
+`begin` checks the configuration, warns where a stop would lose work, removes the record of the last end
+($FLUX_EXIT_RECORD) and prints the step of the newest checkpoint. `end` prints `again` or nothing, says why on stderr,
+and leaves with the run's exit code: what $FLUX_EXIT_RECORD holds, or --code, which a launcher ended with.
+Stopped from outside (75): always again. A hang (6) or a fault (1): only if a checkpoint was saved since `begin`, for
+else the next start would end the same way. Everything else is over, or for a person to mend.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from config.job_config import JobConfig
+from config.parse import parse, read_process_count
+from runtime import exit_codes
+from runtime.exit_record import FOLDER_SUFFIX, RECORD_NAME, RECORD_VARIABLE, announced_folder, read_exit_record
+from runtime.stop import GRACE_VARIABLE, grace_seconds
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.requeue", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("begin", help="before the run; prints the step of its newest checkpoint", allow_abbrev=False)
+    end = commands.add_parser("end", help="after it; prints `again` or nothing", allow_abbrev=False)
+    end.add_argument("began", type=int, help="what `begin` printed")
+    end.add_argument("--code", type=int, help="exit code of the run, where no record is collected")
+    arguments, settings = parser.parse_known_args(argv)
+    try:
+        config, _ = parse(settings, count_processes(os.environ))
+        grace = grace_seconds()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return exit_codes.CONFIG
+    place = Path(os.environ.get(RECORD_VARIABLE, os.devnull))
+    record = read_exit_record(place)
+    folder = announced_folder(place) or Path(config.job.dump_folder)
+    newest = newest_step(folder / config.checkpoint.folder)
+    if arguments.command == "begin":
+        record = record or read_exit_record(folder / RECORD_NAME)
+        if risk := find_risk(config, grace, record["save_seconds"] if record else None):
+            print(f"warning: {risk}", file=sys.stderr)
+        if RECORD_VARIABLE in os.environ:  # there the first failure of the next start has the word
+            for file in (place, Path(f"{place}{FOLDER_SUFFIX}")):
+                file.unlink(missing_ok=True)
+        print(newest)
+        return exit_codes.OK
+    if arguments.code is not None:
+        record = {"code": arguments.code, "reason": f"exit code {arguments.code}"}
+    record = record or {"code": exit_codes.ERROR, "reason": "nothing was recorded"}
+    again, text = decide(record["code"], record["reason"], arguments.began, newest)
+    print(text, file=sys.stderr)
+    if again:
+        print("again")
+    return record["code"]
+
+
+def count_processes(environment: Mapping[str, str]) -> int | None:
+    """Processes of the whole run: $NGPU on each of $NNODES nodes; None: not known."""
+    processes = read_process_count(environment)
+    return processes and processes * int(environment.get("NNODES", "1"))
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint there; 0: there is none. A folder that can be seen under its name is whole."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))), default=0)
+
+
+def find_risk(config: JobConfig, grace: float, save: float | None) -> str | None:
+    """Why a stop would lose work.
+
+    Args:
+        grace: seconds that the ranks have after a signal.
+        save: seconds that the longest save of the last start took; None: not known.
+    """
+    if not config.checkpoint.enable:
+        return "checkpoint.enable=false: a stop loses this run, and it is not started again; add --checkpoint.enable"
+    if save is None or save <= grace:
+        return None
+    return (
+        f"the last save took {save:.0f} s, and {GRACE_VARIABLE}={grace:g} is what the ranks have after a signal: "
+        f"a stop loses what was trained since the last checkpoint; let the signal come {2 * save + 30:.0f} s ahead "
+        "(--signal=TERM@N in run_slurm.sh, terminationGracePeriodSeconds of a pod)"
+    )
+
+
+def decide(code: int, reason: str, began: int, newest: int) -> tuple[bool, str]:
+    """Whether to start again, and one line that says why.
+
+    Args:
+        reason: as the record has it.
+        began: step of the newest checkpoint when the run was started.
+        newest: the same, now.
+    """
+    ended = f"the run ended with code {code} ({reason})"
+    if code == exit_codes.OK:
+        return False, "the run is done"
+    if code == exit_codes.PREEMPTED:
+        return True, f"{ended}: it is started again"
+    if code not in exit_codes.RESUMABLE:
+        return False, f"{ended}: it is not started again"
+    if newest > began:
+        return True, f"{ended}, and had saved step {newest}: it is started again"
+    return False, f"{ended}, without a checkpoint since its start: it is not started again"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
