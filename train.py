@@ -383,6 +383,7 @@ def main(argv: list[str]) -> None:
         end.rank, world_size = read_ranks(os.environ)
         setup_logging(end.rank)
         config = load_config(argv, world_size, quiet=end.rank > 0)
+        end.resumes = config.checkpoint.saves
         if config.comm.mode == "fake_backend":
             raise ValueError('comm.mode="fake_backend" trains nothing: use ./run_train.sh or python -m scripts.dry_run')
         apply_determinism(config.debug.deterministic, config.debug.deterministic_warn_only)
@@ -390,7 +391,7 @@ def main(argv: list[str]) -> None:
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
         check_run(config, layout, problems)
-        end.folder, end.resumes = enter_run_folder(config, layout), config.checkpoint.saves
+        end.folder = enter_run_folder(config, layout)
         watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
         watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):

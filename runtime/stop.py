@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ GRACE_VARIABLE = "FLUX_GRACE_SECONDS"
 # ... and as torchrun knows it, which otherwise kills after 30, however long a job system would wait.
 TORCHRUN_GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 DEFAULT_GRACE_SECONDS = 30.0
+AGAIN_SECONDS = 0.05
 
 _BEGAN = time.monotonic()
 
@@ -35,10 +37,26 @@ class Preempted(Exception):
 def stopped_by_signals() -> Iterator[None]:
     """Inside, the first of STOP_SIGNALS raises Terminated with its name."""
     previous: Handlers = {number: signal.signal(number, _raise_terminated) for number in STOP_SIGNALS}
+    hook = sys.unraisablehook
+
+    def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
+        """Where a destructor runs, Python only prints what is raised: the signal would be lost."""
+        error = ignored.exc_value
+        if not isinstance(error, Terminated):
+            return hook(ignored)
+        signal.signal(signal.SIGALRM, lambda number, frame: _raise(error))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         _restore(previous)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:

@@ -46,6 +46,8 @@ LOOK_SECONDS = 0.1
 NOTICE_SECONDS = 0.5  # from one look at what other machines say to the next
 # For the others once a rank is dead: to say what they know, and no more. It is longer than a watchdog's look at stacks.
 PEER_SECONDS = 5.0
+# For the others when the first one has left a run that was asked to stop: it may have to wait for TensorBoard or wandb.
+LEAVE_SECONDS = 20.0
 STOPPED = (exit_codes.PREEMPTED, exit_codes.TERMINATED)
 # The reasons of a rank count more than the signals that other ranks die of; a traceback may only be their consequence.
 REASONED = (exit_codes.CONFIG, exit_codes.DATA, exit_codes.DIVERGED, exit_codes.CHECKPOINT, exit_codes.HANG)
@@ -96,7 +98,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(os.environ.setdefault(RECORD_VARIABLE, f"{folder}/{RECORD_NAME}"))
         command = [sys.executable, "train.py", *argv]
-        return Launcher(machine, grace, place).run(lambda environment: subprocess.Popen(command, env=environment))
+        launcher = Launcher(machine, grace, place, config.checkpoint.saves)
+        return launcher.run(lambda environment: subprocess.Popen(command, env=environment))
 
 
 def read_machine(environment: Mapping[str, str]) -> Machine:
@@ -132,10 +135,11 @@ class Launcher:
     Args:
         grace: seconds that they have after a signal.
         place: where a rank that fails leaves its record.
+        resumes: started again, the run goes on from what it has saved.
     """
 
-    def __init__(self, machine: Machine, grace: float, place: Path):
-        self._machine, self._grace, self._place = machine, grace, place
+    def __init__(self, machine: Machine, grace: float, place: Path, resumes: bool = False):
+        self._machine, self._grace, self._place, self._resumes = machine, grace, place, resumes
         self._failed: dict[int, RankEnd] = {}  # the first one first
         self._stopped: signal.Signals | None = None
         self._forward: signal.Signals | None = None  # has arrived, and is not passed on yet
@@ -208,7 +212,12 @@ class Launcher:
             if code:
                 is_ours = now >= self._killed_at or (code == -signal.SIGTERM and bool(self._failed or self._elsewhere))
                 self._failed[rank] = RankEnd(code, is_ours)
-                if len(self._failed) == 1:
+                if len(self._failed) > 1:
+                    continue
+                if self._stopped or code == exit_codes.PREEMPTED:  # the others must be about to leave too
+                    self._killed_at = min(self._killed_at, now + LEAVE_SECONDS)
+                else:
+                    self._tell_others("failed")
                     self._end_peers(running, now)
         if self._forward is not None:
             # A terminal has told the ranks of Ctrl-C already.
@@ -217,18 +226,17 @@ class Launcher:
                 self._forward = None
         elif self._hears_of_failure(now) and not self._failed and not self._elsewhere:
             self._elsewhere = True
-            self._end_peers(running, now)
+            if not self._stopped:
+                self._end_peers(running, now)
         if now >= self._killed_at:
             _send(running, signal.SIGKILL)
 
     def _end_peers(self, running: dict[int, Rank], now: float) -> None:
         """A rank has failed: the others can only wait for it."""
-        self._tell_others("failed")
-        if self._stopped is None:
-            record = read_exit_record(self._place)
-            hangs = record is not None and record["code"] == exit_codes.HANG  # all that can be told is told
-            self._killed_at = now + (LOOK_SECONDS if hangs else PEER_SECONDS)
-            _send(running, signal.SIGTERM)
+        record = read_exit_record(self._place)
+        hangs = record is not None and record["code"] == exit_codes.HANG  # all that can be told is told
+        self._killed_at = now + (LOOK_SECONDS if hangs else PEER_SECONDS)
+        _send(running, signal.SIGTERM)
 
     def _tell_others(self, word: str) -> None:
         if self._machine.nodes > 1:
@@ -259,8 +267,8 @@ class Launcher:
         """The exit code and what to tell; the record says the same where the ranks could not write it."""
         record, folder = read_exit_record(self._place), announced_folder(self._place)
         stacks = read_stacks(folder / STACKS_FOLDER) if folder else []
-        end = explain(record, self._failed, self._stopped, self._grace, stacks, self._elsewhere)
-        if end.rank is not None:
+        end = explain(record, self._failed, self._stopped, self._grace, self._resumes, stacks, self._elsewhere)
+        if end.is_news:
             told = RunEnd(end.rank, folder, record["step"] if record else 0)
             write_exit_record(told, end.code, end.text, end.text, replaced=(exit_codes.ERROR, *STOPPED))
         return end.code, end.text
@@ -268,11 +276,12 @@ class Launcher:
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended: its exit code, what to tell, and the rank of which only the launcher knows."""
+    """How a run ended: its exit code, what to tell, and where only the launcher knows it, of which rank."""
 
     code: int
     text: str = ""
     rank: int | None = None
+    is_news: bool = False
 
 
 def explain(
@@ -280,6 +289,7 @@ def explain(
     failed: Mapping[int, RankEnd],
     stopped: signal.Signals | None = None,
     grace: float = 0.0,
+    resumes: bool = False,
     stacks: Sequence[RankStacks] = (),
     elsewhere: bool = False,
 ) -> End:
@@ -289,13 +299,14 @@ def explain(
         record: of the rank that failed first, or of rank 0's success; None: no rank could write one.
         failed: the ranks that did not end well, the first one first.
         stopped: the signal that ended the run; `grace` seconds later ranks are killed.
+        resumes: started again, the run goes on.
         stacks: of the ranks, where they stood still.
         elsewhere: another machine of the run has failed.
     """
     if record is not None and record["code"] in REASONED:
         return End(record["code"], record["text"])
     if stopped:
-        return _explain_stop(record, failed, stopped, grace)
+        return _explain_stop(record, failed, stopped, grace, resumes)
     first_code = next(iter(failed.values())).exit_code if failed else exit_codes.OK
     if record is not None and record["code"] in STOPPED and (elsewhere or record["code"] != first_code):
         record = None  # of a rank that the launcher has stopped since another one had failed
@@ -303,10 +314,12 @@ def explain(
         if end.exit_code < 0 and not end.is_ours:
             name = signal.Signals(-end.exit_code).name
             hint = ": did the machine run out of memory?" if name == "SIGKILL" else ""
-            return End(exit_codes.ERROR, f"rank {rank} on {socket.gethostname()} was ended by {name}{hint}", rank)
+            return End(exit_codes.ERROR, f"rank {rank} on {socket.gethostname()} was ended by {name}{hint}", rank, True)
     if failed and (held := [one for one in find_guilty(stacks) if one.frames and one.rank in failed]):
         first = held[0]
-        return End(exit_codes.HANG, f"hang: rank {first.rank} on {first.host} stands still{first.place}", first.rank)
+        return End(
+            exit_codes.HANG, f"hang: rank {first.rank} on {first.host} stands still{first.place}", first.rank, True
+        )
     if record is not None and record["code"] != exit_codes.OK:
         return End(record["code"], record["text"])
     if elsewhere:
@@ -315,24 +328,27 @@ def explain(
         return End(exit_codes.OK)
     rank, end = next(iter(failed.items()))
     if end.exit_code < 0:
-        return End(exit_codes.ERROR, f"rank {rank} was ended by {signal.Signals(-end.exit_code).name}", rank)
-    return End(exit_codes.ERROR, f"rank {rank} ended with {end.exit_code} and gave no reason", rank)
+        return End(exit_codes.ERROR, f"rank {rank} was ended by {signal.Signals(-end.exit_code).name}", rank, True)
+    return End(exit_codes.ERROR, f"rank {rank} ended with {end.exit_code} and gave no reason", rank, True)
 
 
 def _explain_stop(
-    record: Mapping[str, Any] | None, failed: Mapping[int, RankEnd], stopped: signal.Signals, grace: float
+    record: Mapping[str, Any] | None,
+    failed: Mapping[int, RankEnd],
+    stopped: signal.Signals,
+    grace: float,
+    resumes: bool,
 ) -> End:
     if record is not None and (record["code"] != exit_codes.OK or not failed):
         return End(record["code"], record.get("text", ""))
-    if killed := [rank for rank, end in failed.items() if end.exit_code == -signal.SIGKILL]:
-        return End(
-            exit_codes.ERROR,
-            f"stopped by {stopped.name}, and killed {grace:g} s later, before it had saved: give it longer with "
-            f"{GRACE_VARIABLE}",
-            killed[0],
-        )
-    reason = INTERRUPTED if stopped == signal.SIGINT else f"stopped by {stopped.name}"
-    return End(128 + stopped, reason)
+    if failed and all(end.exit_code == -signal.SIGKILL for end in failed.values()):
+        text = f"stopped by {stopped.name}, and killed {grace:g} s later, before it had saved: give it longer with "
+        return End(exit_codes.ERROR, text + GRACE_VARIABLE, next(iter(failed)), is_news=True)
+    if stopped == signal.SIGINT:
+        return End(exit_codes.INTERRUPTED, INTERRUPTED)
+    if resumes:  # before a rank could say so
+        return End(exit_codes.PREEMPTED, f"stopped by {stopped.name}", is_news=True)
+    return End(128 + stopped, f"stopped by {stopped.name}")
 
 
 def _send(ranks: Mapping[int, Rank], number: signal.Signals) -> None:

@@ -100,7 +100,7 @@ def _launch(folder: str, world: int, argv: list[str], faults: list[Fault], grace
     home = Path(folder)
     os.environ["FLUX_EXIT_RECORD"] = str(home / "record.json")
     with (home / "told").open("w") as told, contextlib.redirect_stderr(told):
-        launcher = Launcher(Machine(world), grace, home / "record.json")
+        launcher = Launcher(Machine(world), grace, home / "record.json", resumes="--checkpoint.enable" in argv)
         code = launcher.run(lambda environment: ForkedRank(environment, (folder, argv, faults)))
     (home / "code").write_text(str(code))
 

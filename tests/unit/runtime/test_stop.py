@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -37,6 +38,22 @@ def test_a_second_signal_does_not_disturb_what_the_first_has_begun():
             send(signal.SIGTERM)
         send(signal.SIGTERM)
         send(signal.SIGUSR1)
+
+
+class Old:
+    """A signal arrives while it is thrown away."""
+
+    def __del__(self):
+        send(signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def test_a_signal_that_a_destructor_gets_is_not_lost():
+    hook = sys.unraisablehook
+    with pytest.raises(Terminated, match="SIGTERM"), stopped_by_signals():
+        Old()
+        time.sleep(5)
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
