@@ -14,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.config import Comm
 from parallel.degrees import Degrees
 
+# torch 2.13's name for what was all_gather_into_tensor.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,7 +64,7 @@ class Layout:
         degrees, parts = self.degrees, value[None]
         if degrees.world > 1:
             parts = value.new_empty(degrees.world, *value.shape)
-            dist.all_gather_into_tensor(parts.flatten(), value.flatten())
+            all_gather_single(parts.flatten(), value.flatten())
         return parts.unflatten(0, (degrees.dp, degrees.cp, degrees.tp))
 
     def gather_samples(self, value: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Layout
+from parallel.mesh import Layout, all_gather_single
 from parallel.shards import local_part
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -46,7 +45,7 @@ def compare_replicas(tensors: Mapping[str, Tensor], layout: Layout) -> list[Devi
     axis, names = layout.weights["dp_replicate"], list(tensors)
     own = torch.stack([checksum(tensor).to(layout.device) for tensor in tensors.values()])
     gathered = own.new_empty(axis.size() * len(names))
-    dist.all_gather_into_tensor(gathered, own, group=axis.get_group())
+    all_gather_single(gathered, own, group=axis.get_group())
     replicas = gathered.view(axis.size(), -1).cpu()
     # What more than half agree on is the median; whether they do is counted.
     agreed = replicas == replicas.median(dim=0).values

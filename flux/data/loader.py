@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from types import FrameType
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from flux.data.sample import EncodedSample
 # again after that, it goes on waiting for the same batch.
 _DEAD, _LATE = "DataLoader worker (pid", "DataLoader timed out"
 _LOOK_SECONDS = 2
+OUTLIVE_SECONDS = 60  # for a worker that was asked to end
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,18 @@ class HeldOutBatches:
                 yield [Slot(dealt[min(number, len(dealt) - 1)], number < len(dealt), len(dealt)) for number in mine]
 
 
+def _outlive_signals(worker: int) -> None:
+    """A job system may send its signals to every process of a job: the run needs its workers until it has saved."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    """It may be the run itself that wants an end of a worker that is stuck; then it asks again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(OUTLIVE_SECONDS)
+
+
 class Loader:
     """Iterates RawBatches from a cursor on; raises DataError for what no substitute can mend."""
 
@@ -159,6 +173,7 @@ class Loader:
             pin_memory=self._section.pin_memory and torch.cuda.is_available(),
             prefetch_factor=self._section.prefetch_factor if workers > 0 else None,
             timeout=_LOOK_SECONDS if workers > 0 else 0,
+            worker_init_fn=_outlive_signals,
         )
 
     def __iter__(self) -> Iterator[RawBatch]:

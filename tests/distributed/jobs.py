@@ -2,9 +2,11 @@
 
 import ctypes
 import json
+import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from scripts.launch import Launcher, Machine
 from tests.distributed.ranks import CONTEXT
 from tests.integration.short_runs import TINY, resize_tiny
 
+FORK = multiprocessing.get_context("fork")
 # The smallest transformer that has blocks of both kinds, and heads that two ranks can share.
 SIZES = {"hidden_size": 64, "num_heads": 2, "depth": 1, "depth_single": 1}
 OPTIONS = [*TINY, "--training.local_batch_size=2", "--validation.enable=false", "--debug.seed=1"]
@@ -49,7 +52,8 @@ class ForkedRank:
     """A forked process with the face of `subprocess.Popen`."""
 
     def __init__(self, environment: dict[str, str], arguments: tuple[Any, ...]):
-        self._process = CONTEXT.Process(target=_train, args=(environment, *arguments), daemon=False)
+        # From the launcher, which has computed nothing: a fork server of its own would import everything again.
+        self._process = FORK.Process(target=_train, args=(environment, *arguments), daemon=False)
         self._process.start()
 
     @property
@@ -110,8 +114,9 @@ def _train(environment: dict[str, str], folder: str, argv: list[str], faults: li
 
     import train
 
-    log = open(f"{folder}/log-{environment.get('RANK', 0)}", "a")  # noqa: SIM115, it is stderr until the end
+    log = open(f"{folder}/log-{environment.get('RANK', 0)}", "a", buffering=1)  # noqa: SIM115, it is stderr until the end
     os.dup2(log.fileno(), 2)
+    sys.stderr = log
     os.environ.update(environment)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ SAVES = ["--checkpoint.enable", "--checkpoint.interval=4"]
 WATCHED = [f"--reliability.step_limit_seconds={LIMIT:g}", f"--training.steps={STEPS}", *SAVES]
 
 STOPS = int(os.environ.get("STOPS", "20"))
-SOAK_STEPS = int(os.environ.get("SOAK_STEPS", "100"))
+SOAK_STEPS = int(os.environ.get("SOAK_STEPS", "60"))
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "2"))  # of steps, from one fault to the next, in the mean
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 

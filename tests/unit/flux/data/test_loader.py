@@ -337,3 +337,30 @@ def test_a_worker_that_is_killed_with_batches_in_its_queue_is_replaced(tokenizer
     for raw in itertools.islice(batches, POSITIONS // 4 - 1):
         samples |= by_position(raw)
     assert_bit_equal(load(tokenizer), samples)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_systems_signal_leaves_the_workers_at_work(tokenizer, caplog, number):
+    loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=2), worker_timeout=60)
+    batches = iter(loader)
+    samples = by_position(next(batches))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    for raw in itertools.islice(batches, POSITIONS // 4 - 1):
+        samples |= by_position(raw)
+    assert_bit_equal(load(tokenizer), samples)
+    assert all(worker.is_alive() for worker in workers) and not caplog.text
+
+
+def test_control_a_worker_that_is_asked_twice_ends(tokenizer, caplog):
+    loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=1), worker_timeout=60)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for _ in range(2):
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.5)
+    worker.join(timeout=10)
+    assert worker.exitcode == -signal.SIGTERM
