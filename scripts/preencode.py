@@ -243,5 +243,6 @@ def main(argv: list[str], rank: int, world_size: int) -> None:
 if __name__ == "__main__":
     with recorded_exit(0, EXIT_CODES) as end:
         end.rank, world_size = read_ranks(os.environ)
+        end.resumes = True  # shards appear whole, and the same command makes those that are missing
         setup_logging(end.rank)
         main(sys.argv[1:], end.rank, world_size)
