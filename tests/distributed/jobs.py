@@ -206,6 +206,22 @@ class Faults:
         with torch.no_grad():
             local_part(next(trainer.model.parameters())).view(torch.int32).flatten()[0] ^= 2**12
 
+    def lose_worker(self, trainer) -> None:
+        """A data worker of this rank is killed."""
+        (worker, *_) = multiprocessing.active_children()
+        worker.kill()
+
+    def break_logger(self, trainer) -> None:
+        """Every sink of figures raises from here on, and metrics.jsonl cannot be written."""
+
+        def broken(*arguments, **named):
+            raise OSError(28, "No space left on device")
+
+        if trainer.metrics:
+            trainer.metrics._file.write = broken
+            for sink in trainer.metrics._sinks:
+                sink.put(lambda place: setattr(place, "log", broken))
+
     def fill_disk(self, trainer) -> None:
         """From here on, no file of this process may grow beyond some kilobytes."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

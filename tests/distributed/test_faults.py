@@ -105,6 +105,26 @@ def test_numbers_that_stay_bad(tmp_path):
     assert list(find_steps(tmp_path / "run" / "checkpoint")) == [4], "nothing is saved after it"
 
 
+def test_a_disk_that_is_full_for_a_while(tmp_path):
+    """A save fails, on all ranks, and is told; the next one is whole."""
+    faults = [Fault("fill_disk", 4), Fault("empty_disk", 6)]
+    end = run_job(tmp_path, 2, "--training.steps=8", *SAVES, faults=faults)
+    assert end.code == 0 and list(find_steps(tmp_path / "run" / "checkpoint")) == [8]
+    assert "checkpoint of step 4 FAILED: rank 1: " in (tmp_path / "log-0").read_text()
+
+
+@pytest.mark.parametrize("kind", ["lose_worker", "break_logger"])
+def test_what_changes_no_number(tmp_path, kind):
+    options = ["--training.steps=6", "--checkpoint.enable", "--checkpoint.interval=6", "--metrics.enable_tensorboard"]
+    options += ["--training.dataloader.num_workers=1"]
+    rank = 1 if kind == "lose_worker" else 0
+    assert run_job(tmp_path / kind, 2, *options, faults=[Fault(kind, 3, rank)]).code == 0
+    assert run_job(tmp_path / "clean", 2, *options).code == 0
+    assert differences(tmp_path / kind, tmp_path / "clean") == []
+    told = (tmp_path / kind / "log-0").read_text() + (tmp_path / kind / "log-1").read_text()
+    assert ("is not in metrics.jsonl yet" in told) == (kind == "break_logger")
+
+
 REPLICAS = ["--parallelism.data_parallel_replicate_degree=3", "--reliability.compare_replicas_freq=4"]
 
 

@@ -43,7 +43,7 @@ def test_a_spike_is_told_and_made(tmp_path, caplog):
     assert incident["kind"] == "spike" and not incident["skipped"] and incident["loss"] > 500
     assert [position for position, _ in incident["ranks"][0]["samples"]] == list(range(8, 16))
     told = next(record.getMessage() for record in caplog.records if "a spike" in record.getMessage())
-    assert "usual are 2.298 and 1.298" in told and str(tmp_path / "incidents") in told
+    assert "usual are 2.298 and 1.3" in told and str(tmp_path / "incidents") in told
     assert not (tmp_path / "incidents" / "step-000003.json").exists()
 
 
