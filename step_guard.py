@@ -128,7 +128,9 @@ class StepGuard:
 
     def limit_phase(self, what: str, step: int) -> None:
         """What comes now, after `step` steps, is no step as the others are."""
-        self.watchdog.expect(what, self.config.reliability.phase_limit_seconds, step)
+        seconds = self.config.reliability.phase_limit_seconds
+        self.watchdog.expect(what, seconds, step)
+        self._wait_longer_than(seconds)
 
     def limit_writing(self, what: str, step: int) -> None:
         """Now something is written, for which ranks wait for each other in their own time."""
@@ -136,13 +138,17 @@ class StepGuard:
 
     def limit_step(self, step: int) -> None:
         """Now comes the step after `step`."""
-        section, timeout = self.config.reliability, self.config.comm.train_timeout_seconds
-        limit = self.watchdog.expect_step(step, section.step_limit_seconds, self._least_step_seconds)
-        # Who waits for other ranks waits longer, so that the watchdog can tell for whom.
-        patience = max(timeout, limit + WAIT_SECONDS) if section.watchdog else timeout
-        if patience > self._patience:  # at first it is that of the first step, which may compile
-            self._patience = patience
-            self.layout.set_timeout(patience)
+        wanted = self.config.reliability.step_limit_seconds
+        self._wait_longer_than(self.watchdog.expect_step(step, wanted, self._least_step_seconds))
+
+    def _wait_longer_than(self, limit: float) -> None:
+        """Who waits for other ranks waits longer than the watchdog, so that it can tell for whom."""
+        patience = float(self.config.comm.train_timeout_seconds)
+        if self.config.reliability.watchdog:
+            patience = max(patience, limit + WAIT_SECONDS)
+        if not self._patience <= patience <= 2 * self._patience:  # not at every step, whose limit always moves a little
+            self._patience = 1.2 * patience
+            self.layout.set_timeout(self._patience)
 
     def check_replicas(self, step: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Compares the replicas where that is due.

@@ -108,6 +108,7 @@ class FluxTrainer:
     """One training run: built in six steps, then `train()`. All ranks make one and do the same."""
 
     def __init__(self, config: JobConfig, folder: Path, layout: Layout, watchdog: Watchdog | None = None):
+        watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
         self.checkpointer = build_checkpointer(config, folder, layout)
         found = find_start(config, self.checkpointer)
         saved = found.train_state if found else {}
@@ -121,7 +122,9 @@ class FluxTrainer:
 
         self.spec = SPECS[config.model.flavor]
         self.update_size, self.accumulation = training.update_size(degrees.dp), training.accumulation(degrees.dp)
+        watchdog.rest()  # indexing takes as long as it takes
         data = open_data(training, validation, config.data, config.encoder, self.spec, show_progress=layout.rank == 0)
+        watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
         self.shards = data.describe_shards()
         check_shards(config, saved, self.shards, self.update_size)
         tokenizer = build_tokenizer(config.encoder, training.test_mode) if data.needed_parts - {"autoencoder"} else None
@@ -154,7 +157,6 @@ class FluxTrainer:
             self.metrics = MetricsLogger(folder, config.metrics, redact_values(asdict(config)), self.step, mllog)
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
-        watchdog = watchdog or Watchdog(RunEnd(layout.rank), enabled=False)
         self.guard = StepGuard(config, folder, layout, watchdog, self.metrics, saved.get("spike_window"))
         self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did
         self.saved_step = self.step if found and found.is_own else -1
@@ -319,6 +321,7 @@ class FluxTrainer:
                     self.save()
                     self.guard.poll()
             self.guard.limit_step(self.step)
+        self.guard.limit_writing("the end of the run", self.step)
         self.guard.tell(self.step + 1)
         self.report.close()
         if self.guard.stop_reason and not reached:
@@ -335,10 +338,12 @@ class FluxTrainer:
         self.guard.tell(self.step + 1)
         self.report.tell()
         try:
-            return self.evaluator.evaluate(self.step, self.cursor)
+            reached = self.evaluator.evaluate(self.step, self.cursor)
         except EvaluationStopped:
             self.must_evaluate = True  # from the beginning, when the run goes on
             return False
+        self.guard.poll()  # ranks go on together: one of them alone scores pictures
+        return reached
 
     def poll(self) -> bool:
         """Between two batches of an evaluation: whether the run is to stop. All ranks must call it."""
@@ -360,8 +365,8 @@ class FluxTrainer:
     def _finish(self) -> None:
         """Waits for the last checkpoint, exports the weights, and draws the loss curve."""
         self.checkpointer.finish()
-        section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.guard.limit_writing("the export of the weights", self.step)
+        section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
         self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
             for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
@@ -393,7 +398,7 @@ def main(argv: list[str]) -> None:
         check_run(config, layout, problems)
         end.folder = enter_run_folder(config, layout)
         watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
-        watchdog.expect("the building of the run", config.reliability.phase_limit_seconds)
+        watchdog.expect("the start of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):
             trainer = FluxTrainer(config, end.folder, layout, watchdog)
         if end.rank == 0:

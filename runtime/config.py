@@ -53,7 +53,7 @@ class Reliability:
         float,
         "longest time for building the run, for its first step, for a batch of validation, and for a step of drawing",
         "(0, inf)",
-    ] = 1200.0
+    ] = 600.0
     max_nonfinite: Annotated[
         int,
         "an update whose loss or gradients are no numbers is left out; after so many in a row the run ends with code 4",

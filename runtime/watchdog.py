@@ -75,6 +75,11 @@ class Watchdog:
         self._step_began = None
         self._arm(what, seconds, step)
 
+    def rest(self) -> None:
+        """What comes now may take any time, until the next word."""
+        self._deadline = self._step_began = None
+        faulthandler.cancel_dump_traceback_later()
+
     def expect_step(self, step: int, seconds: float, least: float = LEAST_STEP_SECONDS) -> float:
         """The same for step `step` + 1. Returns its limit.
 
@@ -122,8 +127,7 @@ class Watchdog:
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z: a run that its user lets wait does not hang."""
-        self._deadline = self._step_began = None
-        faulthandler.cancel_dump_traceback_later()
+        self.rest()
         os.kill(os.getpid(), signal.SIGSTOP)
         if self._seconds:
             self._arm(self._what, self._seconds, self._step)
@@ -144,6 +148,12 @@ class Watchdog:
         if file is None:  # it has just ended by itself
             return
         faulthandler.cancel_dump_traceback_later()
+        try:
+            self._tell_stacks(file)
+        finally:  # whatever the disk says
+            os._exit(exit_codes.HANG)
+
+    def _tell_stacks(self, file: TextIO) -> None:
         faulthandler.dump_traceback(file)
         time.sleep(LOOK_SECONDS)
         folder = Path(file.name).parent
@@ -154,7 +164,6 @@ class Watchdog:
         is_told = write_exit_record(end, exit_codes.HANG, hang.reason, text, hang.host)
         if not is_told and self._end.rank == min((one.rank for one in ranks if one.frames), default=-1):
             write_stderr(text)
-        os._exit(exit_codes.HANG)
 
 
 @dataclass(frozen=True)
