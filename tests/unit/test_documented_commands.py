@@ -30,7 +30,10 @@ PAGES = [
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "benchmarks/README.md"]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Their other options are the configuration's.
-WITH_SETTINGS = ("scripts.plan", "scripts.validate", "benchmarks.train_step", "benchmarks.loss_curves")
+WITH_SETTINGS = (
+    *("scripts.plan", "scripts.replay_step", "scripts.validate"),
+    *("benchmarks.train_step", "benchmarks.loss_curves"),
+)
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
 

@@ -23,10 +23,12 @@ MAY_IMPORT["build"] = {"config"} | ROOMS
 MAY_IMPORT["estimate"] = {"build", "config"} | ROOMS
 MAY_IMPORT["evaluate"] = MAY_IMPORT["trained"] = {"build", "config"} | ROOMS
 MAY_IMPORT["step_guard"] = MAY_IMPORT["step_report"] = {"config"} | ROOMS
+MAY_IMPORT["step_records"] = {"config", "step_guard"} | ROOMS
 MAY_IMPORT["memory_advice"] = {"config", "estimate"} | ROOMS
 MAY_IMPORT["preflight"] = {"build", "config", "estimate", "memory_advice"} | ROOMS
 MAY_IMPORT["train"] = {"build", "config", "evaluate", "memory_advice", "preflight", "step_guard", "step_report"} | ROOMS
-MAY_IMPORT["scripts"] = {"build", "estimate", "preflight", "train", "trained", "config"} | ROOMS
+MAY_IMPORT["scripts"] = {"build", "config", "estimate", "preflight", "step_guard", "step_records", "train", "trained"}
+MAY_IMPORT["scripts"] |= ROOMS
 MAY_IMPORT["benchmarks"] = {"benchmarks"} | MAY_IMPORT["scripts"]
 PRODUCT = set(MAY_IMPORT)
 
