@@ -395,8 +395,8 @@ def main(argv: list[str]) -> None:
         problems = look_alone(config, os.environ)
         layout = build_run_layout(config, world_size)
         end.may_speak = layout.is_first_to_fail
-        check_run(config, layout, problems)
         end.folder = enter_run_folder(config, layout)
+        check_run(config, layout, problems)
         watchdog = within.enter_context(Watchdog(end, config.reliability.watchdog))
         watchdog.expect("the start of the run", config.reliability.phase_limit_seconds)
         with out_of_memory_told(config, layout, in_step=False):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # What a checkout holds of what the script needs.
 PARTS = ["run_slurm.sh", "run_train.sh", "setup_env.sh", "requirements.txt", "scripts", "runtime", "config", "flux"]
-PARTS += ["parallel", "checkpoint", "training"]
+PARTS += ["parallel", "checkpoint", "training", "redact.py"]
 
 # Stands for the environment's Python: a launch is what the file `launch` says, and everything else is really done.
 LAUNCHER = f"""#!/usr/bin/env bash

@@ -84,7 +84,7 @@ def straight(tmp_path_factory) -> Run:
 def test_the_same_command_again_after_a_stop(straight, tmp_path, number, mode):
     options = (*SAVING, f"--checkpoint.async_mode={mode}")
     code, told = Command(tmp_path, *options).stop(tmp_path / "checkpoint" / ".unfinished-step-6", number)
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else exit_codes.TERMINATED), told
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else exit_codes.PREEMPTED), told
     assert "terminate called" not in told
     assert find_steps(tmp_path / "checkpoint")
     code, told = run(tmp_path, *options)

@@ -395,7 +395,7 @@ def test_a_real_job_that_is_cancelled_does_not_come_back(slurm, checkout):
 def test_a_real_run_goes_on_in_the_requeued_job_and_stays_when_it_is_done(slurm, tmp_path):
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for place in (*ROOT.glob("*.py"), *(ROOT / name for name in (*PARTS, "assets", "train_configs"))):
+    for place in {*ROOT.glob("*.py"), *(ROOT / name for name in (*PARTS, "assets", "train_configs"))}:
         (folder / place.name).symlink_to(place)
     metrics = folder / "outputs" / "run" / "metrics.jsonl"
     more = ["--validation.enable=false", "--training.local_batch_size=2", "--checkpoint.enable", "--training.steps=12"]

@@ -15,7 +15,13 @@ from checkpoint.slices import Slices
 from scripts.inspect_checkpoint import Contents, main
 
 ROOT = Path(__file__).parents[3]
-STATE = {"samples_seen": 3200, "seed": 7, "flavor": "flux-tiny", "layout": "2 processes", "torch": "2.13.0"}
+STATE = {
+    "samples_seen": 3200,
+    "seed": 7,
+    "flavor": "flux-tiny",
+    "layout": "2 processes",
+    "versions": {"torch": "2.13.0"},
+}
 TENSORS = {
     "block.weight": torch.ones(4, 3, dtype=torch.bfloat16),
     "block.bias": torch.ones(5),

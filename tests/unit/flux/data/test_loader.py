@@ -342,9 +342,10 @@ def test_a_worker_that_is_killed_with_batches_in_its_queue_is_replaced(tokenizer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_job_systems_signal_leaves_the_workers_at_work(tokenizer, caplog, number):
     loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=2), worker_timeout=60)
+    before = set(multiprocessing.active_children())
     batches = iter(loader)
     samples = by_position(next(batches))
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, number)
@@ -356,9 +357,10 @@ def test_a_job_systems_signal_leaves_the_workers_at_work(tokenizer, caplog, numb
 
 def test_control_a_worker_that_is_asked_twice_ends(tokenizer, caplog):
     loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=1), worker_timeout=60)
+    before = set(multiprocessing.active_children())
     batches = iter(loader)
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - before
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)
