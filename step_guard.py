@@ -138,15 +138,16 @@ class StepGuard:
 
     def limit_step(self, step: int) -> None:
         """Now comes the step after `step`."""
-        wanted = self.config.reliability.step_limit_seconds
-        self._wait_longer_than(self.watchdog.expect_step(step, wanted, self._least_step_seconds))
+        section = self.config.reliability
+        least, phase = self._least_step_seconds, section.phase_limit_seconds
+        self._wait_longer_than(self.watchdog.expect_step(step, section.step_limit_seconds, least, phase))
 
     def _wait_longer_than(self, limit: float) -> None:
         """Who waits for other ranks waits longer than the watchdog, so that it can tell for whom."""
         patience = float(self.config.comm.train_timeout_seconds)
         if self.config.reliability.watchdog:
             patience = max(patience, limit + WAIT_SECONDS)
-        if not self._patience <= patience <= 2 * self._patience:  # not at every step, whose limit always moves a little
+        if not patience <= self._patience <= 2 * patience:  # not at every step, whose limit always moves a little
             self._patience = 1.2 * patience
             self.layout.set_timeout(self._patience)
 

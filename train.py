@@ -79,7 +79,7 @@ from runtime.log import log_stage, setup_logging
 from runtime.run_folder import closed_to_others
 from runtime.stop import Preempted, check_grace
 from runtime.watchdog import Watchdog
-from step_guard import StepGuard
+from step_guard import WAIT_SECONDS, StepGuard
 from step_report import StepReport
 from training.cuda_graph import CudaGraph
 from training.determinism import apply_determinism
@@ -337,6 +337,7 @@ class FluxTrainer:
             return False
         self.guard.tell(self.step + 1)
         self.report.tell()
+        self.guard.limit_phase("an evaluation", self.step)
         try:
             reached = self.evaluator.evaluate(self.step, self.cursor)
         except EvaluationStopped:
@@ -367,7 +368,7 @@ class FluxTrainer:
         self.checkpointer.finish()
         self.guard.limit_writing("the export of the weights", self.step)
         section, folder = self.config.checkpoint, self.folder / EXPORT_FOLDER
-        self.layout.set_timeout(section.timeout_seconds)  # rank 0 writes while the others wait
+        self.layout.set_timeout(section.timeout_seconds + 2 * WAIT_SECONDS)  # rank 0 writes while the others wait
         if section.last_save_model_only or not section.enable:
             for name, tensors in (EXPORT_FILE, self.weights), (EMA_EXPORT_FILE, self.ema):
                 export_weights(self.config, self.layout, folder / name, self.step, tensors)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_an_evaluation_that_is_stopped_is_made_when_the_run_goes_on(tmp_path, ca
     trainer.train()
     assert rows(tmp_path, "validation_loss") == ([2, 2, 4] if call > 2 else [2, 4]), "what was whole may be there twice"
     assert sorted(path.name for path in (tmp_path / "img").glob("*")) == ["step-000002.png", "step-000004.png"]
+
+
+def test_an_evaluation_has_its_own_limit_from_its_beginning(tmp_path):
+    """Data workers start, and read, before the first question whether to stop."""
+    trainer, expected = build(tmp_path, *EVALUATED), []
+    trainer.guard.watchdog.expect = lambda what, seconds, step=0: expected.append(what)
+    trainer.evaluator.evaluate = lambda step, samples: expected.append("evaluated")
+    trainer.train()
+    before = [expected[place - 1] for place, what in enumerate(expected) if what == "evaluated"]
+    assert before == ["an evaluation"] * 2
+
+
+def test_who_waits_for_others_waits_longer_than_the_watchdog(tmp_path):
+    guard, timeouts, limits = build(tmp_path).guard, [], []
+    guard.layout = SimpleNamespace(set_timeout=timeouts.append)
+    guard.watchdog.expect_step = lambda *of: limits.pop()
+    for limit in (60, 100, 150, 250, 400, 120, 90, 60):
+        limits.append(limit)
+        guard.limit_step(1)
+        assert limit < timeouts[-1] < 4 * limit
+    assert len(timeouts) < 8, "not for every little change"
+    guard.limit_phase("an evaluation", 1)
+    assert timeouts[-1] > guard.config.reliability.phase_limit_seconds
+
+
+def test_the_second_step_is_not_judged_by_the_first(tmp_path):
+    """The first is not measured, for it compiles: nothing is known of a step that takes minutes."""
+    guard, phase = build(tmp_path).guard, 600
+    guard.limit_phase("the first step", 0)
+    guard.limit_step(1)
+    assert guard.watchdog._seconds == phase
+    guard.limit_step(2)
+    assert guard.watchdog._seconds == 60
 
 
 def test_control_an_evaluation_that_was_made_is_not_made_again(tmp_path):
