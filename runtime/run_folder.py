@@ -2,12 +2,14 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.exit_record import RECORD_NAME
 from runtime.run_lock import LOCK_NAME, FolderInUse, RunLock
+from runtime.watchdog import STACKS_FOLDER
 
 
 @contextmanager
@@ -75,6 +77,7 @@ def _claim_resumable(folder: Path, checkpoints: str) -> bool:
     # Looked at again, now that no other run of this kind can change it.
     if (folder / checkpoints).is_dir():
         (folder / RECORD_NAME).unlink(missing_ok=True)  # how the run ended the last time
+        shutil.rmtree(folder / STACKS_FOLDER, ignore_errors=True)  # of as many ranks as it had then
         return True
     if _claim(folder, besides=LOCK_NAME):
         (folder / checkpoints).mkdir(parents=True)

@@ -36,6 +36,7 @@ _REMEMBERED = 100  # steps
 
 # Where a rank is that waits for others; what it called last may be torch's way there.
 _IN_COLLECTIVE = ("/torch/distributed/", "/torch/cuda/", f"{PROJECT}/parallel/")
+_AT_WORK = "/torch/distributed/checkpoint/"  # what reads and writes; where it waits, others are further in
 _ON_THE_WAY = ("/torch/_ops.py",)
 _SAVE_WAITS, _SAVE_RUNS = ("background.py", "wait"), ("background.py", "_run")
 
@@ -80,16 +81,20 @@ class Watchdog:
         self._deadline = self._step_began = None
         faulthandler.cancel_dump_traceback_later()
 
-    def expect_step(self, step: int, seconds: float, least: float = LEAST_STEP_SECONDS) -> float:
+    def expect_step(
+        self, step: int, seconds: float, least: float = LEAST_STEP_SECONDS, unmeasured: float = LEAST_STEP_SECONDS
+    ) -> float:
         """The same for step `step` + 1. Returns its limit.
 
         Args:
             seconds: the limit; 0: STEP_FACTOR times the median step, at least `least`.
+            unmeasured: the least while there is no step to go by.
         """
         now = time.monotonic()
         if self._step_began is not None:
             self._steps.append(now - self._step_began)
-        seconds = seconds or max(least, STEP_FACTOR * median(self._steps or [0.0]))
+        usual = STEP_FACTOR * median(self._steps) if self._steps else unmeasured
+        seconds = seconds or max(least, usual)
         self._arm(f"step {step + 1}", seconds, step)
         self._step_began = now
         return seconds
@@ -127,9 +132,13 @@ class Watchdog:
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z: a run that its user lets wait does not hang."""
+        if not self._thread.is_alive():  # a data worker: there `faulthandler` would wait for a thread that is not there
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        is_watched = self._deadline is not None
         self.rest()
         os.kill(os.getpid(), signal.SIGSTOP)
-        if self._seconds:
+        if is_watched:
             self._arm(self._what, self._seconds, self._step)
 
     def _watch(self) -> None:
@@ -182,7 +191,7 @@ class RankStacks:
     def waits(self) -> bool:
         """Whether it waited for other ranks."""
         inner = next((file for file, _, _ in self.frames if not file.endswith(_ON_THE_WAY)), "")
-        return any(part in inner for part in _IN_COLLECTIVE)
+        return _AT_WORK not in inner and any(part in inner for part in _IN_COLLECTIVE)
 
     @property
     def place(self) -> str:

@@ -92,8 +92,11 @@ def test_a_resumable_run_goes_on_in_its_folder(tmp_path):
     assert (tmp_path / "run" / "checkpoint").is_dir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "run" / "exit.json").write_text('{"code": 1}')
+    (tmp_path / "run" / "stacks").mkdir()
+    (tmp_path / "run" / "stacks" / "rank-7.txt").touch()
     assert claim_and_end(tmp_path / "run") == "run"
     assert not (tmp_path / "run" / "exit.json").exists(), "how it ended the last time is no longer true"
+    assert not (tmp_path / "run" / "stacks").exists(), "there may be fewer ranks now, and none of them a seventh"
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

@@ -20,6 +20,7 @@ THROUGH_OPS = [(f"{TORCH}/_ops.py", 1, "__call__"), *COLLECTIVE]
 DATA = [(f"{TORCH}/utils/data/dataloader.py", 7, "_try_get_data"), (OURS, 3, "take")]
 SAVE_WAITS = [("/lib/threading.py", 1, "wait"), (f"{PROJECT}/checkpoint/background.py", 2, "wait"), (OURS, 4, "save")]
 SAVE_WRITES = [(f"{PROJECT}/checkpoint/dcp.py", 8, "write_data"), (f"{PROJECT}/checkpoint/background.py", 1, "_run")]
+SAVE_STORES = [(f"{TORCH}/distributed/checkpoint/filesystem.py", 9, "_write_item"), *SAVE_WRITES]
 SAVE_MEETS = [(f"{TORCH}/distributed/distributed_c10d.py", 9, "gather"), *SAVE_WRITES]
 
 
@@ -57,6 +58,7 @@ def named(folder: Path) -> tuple[int | None, str]:
         # The main thread comes last; of one that waits for a save, that counts.
         ([dump(DATA, COLLECTIVE), dump(COLLECTIVE, DATA)], 1, "rank 1"),
         ([dump(SAVE_MEETS, SAVE_WAITS), dump(SAVE_WRITES, SAVE_WAITS)], 1, "at checkpoint/dcp.py:8 in write_data"),
+        ([dump(SAVE_STORES, SAVE_WAITS), dump(SAVE_MEETS, SAVE_WAITS)], 0, "at checkpoint/dcp.py:8 in write_data"),
     ],
 )
 def test_who_is_named(tmp_path, dumps, rank, words):
@@ -106,8 +108,15 @@ def test_the_limit_of_a_step_follows_the_median(tmp_path, monkeypatch):
         assert watchdog.expect_step(6, 0) == 200, "what came between is no step"
 
 
+def test_the_first_steps_may_take_longer_than_there_is_to_go_by(tmp_path):
+    with Watchdog(RunEnd(0, tmp_path), enabled=False) as watchdog:
+        watchdog.expect("the first step", 600)
+        assert watchdog.expect_step(1, 0, unmeasured=600) == 600
+        assert watchdog.expect_step(2, 0, unmeasured=600) == 60
+
+
 PROGRAM = """
-import ctypes, signal, sys, time
+import ctypes, os, signal, sys, time
 from pathlib import Path
 from runtime.exit_record import RunEnd
 from runtime.watchdog import Watchdog
@@ -121,6 +130,17 @@ with Watchdog(RunEnd(0, Path(sys.argv[1]))) as watchdog:
     print("now", flush=True)
     if sys.argv[2] == "hold":
         ctypes.PyDLL(None).sleep(60)
+    elif sys.argv[2] == "fork":
+        child = os.fork()
+        if not child:
+            time.sleep(3)
+            os._exit(7)
+        watchdog.expect("the test", 60)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGTSTP)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGCONT)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     elif sys.argv[2] == "sleep":
         time.sleep(60)
     else:
@@ -167,3 +187,13 @@ def test_a_user_may_let_a_run_wait(tmp_path):
     os.kill(process.pid, signal.SIGCONT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, "")
+
+
+def test_a_user_may_let_the_data_workers_wait(tmp_path):
+    """They inherit the handler of Ctrl-Z, and nothing of what it is about."""
+    process = start(tmp_path, "fork")
+    try:
+        told, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert told == "now\n7\n" and process.returncode == 0
