@@ -36,7 +36,7 @@ class RunEnd:
 
     rank: int | None
     folder: Path | None = None  # None: there is no run folder yet
-    step: int = 0  # the last finished step
+    step: int | None = 0  # the last finished step; None: nobody can say
     resumes: bool = False  # started again, the run goes on from what it has saved
     save_seconds: float | None = None  # the longest save
     # Whether this rank says what went wrong, where nobody collects records. Until ranks can talk to each other only
@@ -121,6 +121,12 @@ def announced_folder(record: Path) -> Path | None:
     """What a run has announced beside the file that was named for its record."""
     note = Path(f"{record}{FOLDER_SUFFIX}")
     return Path(note.read_text()) if note.exists() else None
+
+
+def forget_exit(record: Path) -> None:
+    """Removes the file that was named for the record, and what is beside it: a run would keep an older failure."""
+    for file in (record, Path(f"{record}{FOLDER_SUFFIX}")):
+        file.unlink(missing_ok=True)
 
 
 def read_exit_record(place: Path) -> dict[str, Any] | None:

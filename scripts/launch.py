@@ -32,6 +32,7 @@ from runtime.exit_record import (
     RECORD_VARIABLE,
     RunEnd,
     announced_folder,
+    forget_exit,
     read_exit_record,
     write_exit_record,
 )
@@ -97,6 +98,8 @@ def main(argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "scripts.dry_run", "--ranks", ranks, *argv])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(os.environ.setdefault(RECORD_VARIABLE, f"{folder}/{RECORD_NAME}"))
+        if machine.node == 0:  # before any rank is there
+            forget_exit(place)
         command = [sys.executable, "train.py", *argv]
         launcher = Launcher(machine, grace, place, config.checkpoint.saves)
         return launcher.run(lambda environment: subprocess.Popen(command, env=environment))
@@ -152,13 +155,16 @@ class Launcher:
         """Starts every rank in its environment, tells what went wrong, and returns the exit code."""
         with self._signals():
             environment, running = self._prepare(), dict[int, Rank]()
-            for local in range(self._machine.processes):
-                rank = self._machine.node * self._machine.processes + local
-                own = {"RANK": str(rank), "LOCAL_RANK": str(local)} if "WORLD_SIZE" in environment else {}
-                running[rank] = start(environment | own)
-            while running:
-                time.sleep(LOOK_SECONDS)
-                self._look(running)
+            try:
+                for local in range(self._machine.processes):
+                    rank = self._machine.node * self._machine.processes + local
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(local)} if "WORLD_SIZE" in environment else {}
+                    running[rank] = start(environment | own)
+                while running:
+                    time.sleep(LOOK_SECONDS)
+                    self._look(running)
+            finally:  # a machine without room for one more process leaves none behind
+                _send(running, signal.SIGKILL)
             code, text = self._conclude()
             self._leave()
         if text:
@@ -269,7 +275,7 @@ class Launcher:
         stacks = read_stacks(folder / STACKS_FOLDER) if folder else []
         end = explain(record, self._failed, self._stopped, self._grace, self._resumes, stacks, self._elsewhere)
         if end.is_news:
-            told = RunEnd(end.rank, folder, record["step"] if record else 0)
+            told = RunEnd(end.rank, folder, record["step"] if record else None)
             write_exit_record(told, end.code, end.text, end.text, replaced=(exit_codes.ERROR, *STOPPED))
         return end.code, end.text
 
@@ -348,7 +354,7 @@ def _explain_stop(
         return End(exit_codes.INTERRUPTED, INTERRUPTED)
     if resumes:  # before a rank could say so
         return End(exit_codes.PREEMPTED, f"stopped by {stopped.name}", is_news=True)
-    return End(128 + stopped, f"stopped by {stopped.name}")
+    return End(exit_codes.TERMINATED, f"stopped by {stopped.name}")
 
 
 def _send(ranks: Mapping[int, Rank], number: signal.Signals) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from config.job_config import JobConfig
 from config.parse import parse, read_process_count
 from runtime import exit_codes
-from runtime.exit_record import FOLDER_SUFFIX, RECORD_NAME, RECORD_VARIABLE, announced_folder, read_exit_record
+from runtime.exit_record import RECORD_NAME, RECORD_VARIABLE, announced_folder, forget_exit, read_exit_record
 from runtime.stop import GRACE_VARIABLE, grace_seconds
 
 
@@ -49,8 +49,7 @@ def main(argv: list[str]) -> int:
         if risk := find_risk(config, grace, record["save_seconds"] if record else None):
             print(f"warning: {risk}", file=sys.stderr)
         if RECORD_VARIABLE in os.environ:  # there the first failure of the next start has the word
-            for file in (place, Path(f"{place}{FOLDER_SUFFIX}")):
-                file.unlink(missing_ok=True)
+            forget_exit(place)
         print(newest)
         return exit_codes.OK
     if arguments.code is not None:

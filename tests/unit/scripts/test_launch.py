@@ -173,6 +173,36 @@ with recorded_exit(int(os.environ["RANK"]), {ValueError: 3}):
     assert capfd.readouterr().err == "NGPU=x must be a number of processes, 1 or more\n"
 
 
+def test_a_record_of_an_earlier_run_says_nothing_of_this_one(stage, tmp_path, monkeypatch):
+    place = tmp_path / "record.json"
+    monkeypatch.setenv(RECORD_VARIABLE, str(place))
+    write_exit_record(RunEnd(0), 75, "SIGTERM: saved step 3")
+    (tmp_path / "record.json.folder").write_text("/there")
+    stage.program = """
+from runtime.exit_record import recorded_exit
+with recorded_exit(0, {}):
+    pass
+"""
+    assert stage.run(processes="1") == 0
+    assert read_exit_record(place)["code"] == 0 and not (tmp_path / "record.json.folder").exists()
+
+
+def test_a_machine_without_room_for_all_ranks_keeps_none(stage, monkeypatch):
+    started = []
+
+    def start(command, env):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(stage._popen(command, env))
+        return started[0]
+
+    stage.program = "import time; time.sleep(60)"
+    monkeypatch.setattr(scripts.launch.subprocess, "Popen", start)
+    with pytest.raises(BlockingIOError):
+        stage.run()
+    assert started[0].wait(timeout=10) == -signal.SIGKILL
+
+
 def test_a_dead_rank_ends_the_others_at_once(stage, capfd):
     stage.program = KILLS
     began = time.monotonic()
@@ -192,7 +222,7 @@ def test_a_rank_that_does_not_listen_is_killed(stage, capfd):
     assert capfd.readouterr().err == "rank 0 ended with 7 and gave no reason\n"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_a_signal_is_passed_on(stage, capfd, number, code):
     me = os.getpid()
     stage.program = f"import os, time; os.environ['RANK'] == '0' and os.kill({me}, {int(number)}); time.sleep(60)"
@@ -250,6 +280,16 @@ def test_the_record_names_what_only_the_launcher_knows(tmp_path, monkeypatch):
     told = read_exit_record(run / "exit.json")
     assert code == 1 and told["rank"] == 1 and told["step"] == 4 and told["host"] == HOST
     assert told["reason"] == f"rank 1 {KILLED}" and told["resumable"]
+
+
+def test_of_a_step_that_nobody_could_tell_the_record_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path / "record.json"))
+    (tmp_path / "record.json.folder").write_text(str(tmp_path))
+    launcher = Launcher(Machine(1), 30, tmp_path / "record.json")
+    kills = "import os; os.kill(os.getpid(), 9)"
+    launcher.run(lambda environment: subprocess.Popen([sys.executable, "-c", kills], env=environment))
+    told = read_exit_record(tmp_path / "exit.json")
+    assert told["step"] is None and told["code"] == 1 and told["rank"] == 0
 
 
 def test_pretended_processes_need_only_one(stage):
