@@ -102,7 +102,11 @@ def main(argv: list[str]) -> int:
             forget_exit(place)
         command = [sys.executable, "train.py", *argv]
         launcher = Launcher(machine, grace, place, config.checkpoint.saves)
-        return launcher.run(lambda environment: subprocess.Popen(command, env=environment))
+        try:
+            return launcher.run(lambda environment: subprocess.Popen(command, env=environment))
+        except OSError as error:  # machines that do not meet, or no room for one more process
+            print(error, file=sys.stderr)
+            return exit_codes.ERROR
 
 
 def read_machine(environment: Mapping[str, str]) -> Machine:
@@ -152,7 +156,11 @@ class Launcher:
         self._looked = 0.0
 
     def run(self, start: Callable[[dict[str, str]], Rank]) -> int:
-        """Starts every rank in its environment, tells what went wrong, and returns the exit code."""
+        """Starts every rank in its environment, tells what went wrong, and returns the exit code.
+
+        Raises:
+            OSError: they cannot be started, or the machines do not meet.
+        """
         with self._signals():
             environment, running = self._prepare(), dict[int, Rank]()
             try:
@@ -185,7 +193,13 @@ class Launcher:
         from torch.distributed import TCPStore
 
         # Here and not in rank 0, whose death would leave the others without a word.
-        self._store = TCPStore(machine.address, machine.port, is_master=machine.node == 0, wait_for_workers=False)
+        try:
+            self._store = TCPStore(machine.address, machine.port, is_master=machine.node == 0, wait_for_workers=False)
+        except RuntimeError as error:
+            what = "cannot be listened at" if machine.node == 0 else "does not answer"
+            rule = "it must be a name of machine 0, and a port that is free there and can be reached"
+            place = f"MASTER_ADDR={machine.address}, MASTER_PORT={machine.port}"
+            raise ConnectionError(f"{place} {what}: {str(error).splitlines()[0]}: {rule}") from None
         return environment | {
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(machine.processes),

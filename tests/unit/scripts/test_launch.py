@@ -187,7 +187,7 @@ with recorded_exit(0, {}):
     assert read_exit_record(place)["code"] == 0 and not (tmp_path / "record.json.folder").exists()
 
 
-def test_a_machine_without_room_for_all_ranks_keeps_none(stage, monkeypatch):
+def test_a_machine_without_room_for_all_ranks_keeps_none(stage, capfd, monkeypatch):
     started = []
 
     def start(command, env):
@@ -198,9 +198,20 @@ def test_a_machine_without_room_for_all_ranks_keeps_none(stage, monkeypatch):
 
     stage.program = "import time; time.sleep(60)"
     monkeypatch.setattr(scripts.launch.subprocess, "Popen", start)
-    with pytest.raises(BlockingIOError):
-        stage.run()
+    assert stage.run() == 1
+    assert capfd.readouterr().err == "[Errno 11] Resource temporarily unavailable\n"
     assert started[0].wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(stage, capfd, monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        assert stage.run() == 1
+    told = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[W")]  # torch's own
+    assert len(told) == 1 and told[0].startswith(f"MASTER_ADDR=localhost, MASTER_PORT={port} cannot be listened at: ")
+    assert not stage.commands
 
 
 def test_a_dead_rank_ends_the_others_at_once(stage, capfd):
