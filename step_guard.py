@@ -81,9 +81,10 @@ class StepGuard:
         self._verdicts: deque[_Verdict] = deque()
         self._nonfinite_in_a_row = 0
         self._patience = 0.0  # seconds, for a communication
-        # A data worker that stands still may be replaced, and new shapes compiled.
-        waits = 2 * config.data.worker_timeout_seconds + 30 if config.training.dataloader.num_workers else 0.0
-        compiles = section.phase_limit_seconds if config.compile.enable else 0.0
+        # A data worker that stands still may be replaced, a shard fetched, new shapes compiled, a trace written.
+        waits = 2 * config.data.worker_timeout_seconds + 30
+        traced = config.profiling.enable_profiling or config.profiling.enable_memory_snapshot
+        compiles = section.phase_limit_seconds if config.compile.enable or traced else 0.0
         self._least_step_seconds = max(LEAST_STEP_SECONDS, waits, compiles)
 
     def note(self, raw: RawBatch) -> None:

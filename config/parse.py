@@ -54,6 +54,18 @@ def read_process_count(environment: Mapping[str, str]) -> int | None:
     return int(text) if text else None
 
 
+def read_number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
+    """A number that a job system tells.
+
+    Raises:
+        ConfigError: it is none, or below `least`.
+    """
+    text = environment.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise ConfigError(f"{name}={text} must be a number of at least {least}")
+    return int(text)
+
+
 def parse(argv: list[str], world_size: int | None = None) -> tuple[JobConfig, list[str]]:
     """As `load_config`, but hands the warnings back instead of printing them."""
     entries, faults = read_command_line(argv)

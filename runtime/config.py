@@ -46,7 +46,7 @@ class Reliability:
     )
     step_limit_seconds: Annotated[
         float,
-        "longest time for a step; 0: 20 times the median step, at least 60 and twice data.worker_timeout_seconds",
+        "longest time for a step; 0: 20 times the median step, at least twice data.worker_timeout_seconds and 30",
         "[0, inf)",
     ] = 0.0
     phase_limit_seconds: Annotated[

@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from config.parse import ConfigError, load_config, read_process_count
+from config.parse import ConfigError, load_config, read_number, read_process_count
 from runtime import exit_codes
 from runtime.exit_record import (
     INTERRUPTED,
@@ -47,6 +48,10 @@ LOOK_SECONDS = 0.1
 NOTICE_SECONDS = 0.5  # from one look at what other machines say to the next
 # For the others once a rank is dead: to say what they know, and no more. It is longer than a watchdog's look at stacks.
 PEER_SECONDS = 5.0
+MEET_SECONDS, ASK_SECONDS = (
+    300.0,
+    2.0,
+)  # for machines to find each other, and for one question whether machine 0 is there
 # For the others when the first one has left a run that was asked to stop: it may have to wait for TensorBoard or wandb.
 LEAVE_SECONDS = 20.0
 STOPPED = (exit_codes.PREEMPTED, exit_codes.TERMINATED)
@@ -116,24 +121,17 @@ def read_machine(environment: Mapping[str, str]) -> Machine:
         ConfigError: the environment does not say it.
     """
     processes = read_process_count(environment) or 1
-    nodes = _read_number(environment, "NNODES", 1, least=1)
+    nodes = read_number(environment, "NNODES", 1, least=1)
     if nodes == 1:
         return Machine(processes)
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
     if missing:
         raise ConfigError(f"NNODES={nodes} needs {' and '.join(missing)} too: set them, or unset NNODES")
-    node = _read_number(environment, "NODE_RANK", 0, least=0)
+    node = read_number(environment, "NODE_RANK", 0, least=0)
     if node >= nodes:
         raise ConfigError(f"NODE_RANK={node} must be below NNODES={nodes}")
-    port = _read_number(environment, "MASTER_PORT", 29500, least=1)
+    port = read_number(environment, "MASTER_PORT", 29500, least=1)
     return Machine(processes, nodes, node, environment["MASTER_ADDR"], port)
-
-
-def _read_number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
-    text = environment.get(name) or str(default)
-    if not (text.isascii() and text.isdecimal() and int(text) >= least):
-        raise ConfigError(f"{name}={text} must be a number of at least {least}")
-    return int(text)
 
 
 class Launcher:
@@ -164,7 +162,7 @@ class Launcher:
         with self._signals():
             environment, running = self._prepare(), dict[int, Rank]()
             try:
-                for local in range(self._machine.processes):
+                for local in range(0 if self._stopped else self._machine.processes):
                     rank = self._machine.node * self._machine.processes + local
                     own = {"RANK": str(rank), "LOCAL_RANK": str(local)} if "WORLD_SIZE" in environment else {}
                     running[rank] = start(environment | own)
@@ -190,16 +188,9 @@ class Launcher:
             return environment
         # The products of one process would otherwise take all cores from the others.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // machine.processes)))
-        from torch.distributed import TCPStore
-
-        # Here and not in rank 0, whose death would leave the others without a word.
-        try:
-            self._store = TCPStore(machine.address, machine.port, is_master=machine.node == 0, wait_for_workers=False)
-        except RuntimeError as error:
-            what = "cannot be listened at" if machine.node == 0 else "does not answer"
-            rule = "it must be a name of machine 0, and a port that is free there and can be reached"
-            place = f"MASTER_ADDR={machine.address}, MASTER_PORT={machine.port}"
-            raise ConnectionError(f"{place} {what}: {str(error).splitlines()[0]}: {rule}") from None
+        self._store = self._meet()
+        if self._store is None:
+            return environment
         return environment | {
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(machine.processes),
@@ -208,6 +199,26 @@ class Launcher:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for a store that is there already
         }
+
+    def _meet(self) -> "TCPStore | None":
+        """What the ranks meet at: here and not in rank 0, whose death would leave the others without a word. None: a
+        signal has come before machine 0 has answered.
+        """
+        from torch.distributed import TCPStore
+
+        machine, deadline = self._machine, time.monotonic() + MEET_SECONDS
+        is_first, once = machine.node == 0, timedelta(seconds=ASK_SECONDS)
+        while not self._stopped:
+            try:
+                return TCPStore(machine.address, machine.port, is_master=is_first, wait_for_workers=False, timeout=once)
+            except RuntimeError as error:
+                if not is_first and time.monotonic() < deadline:
+                    continue
+                what = "cannot be listened at" if is_first else "does not answer"
+                rule = "it must be a name of machine 0, and a port that is free there and can be reached"
+                place = f"MASTER_ADDR={machine.address}, MASTER_PORT={machine.port}"
+                raise ConnectionError(f"{place} {what}: {str(error).splitlines()[0]}: {rule}") from None
+        return None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -259,9 +270,9 @@ class Launcher:
         _send(running, signal.SIGTERM)
 
     def _tell_others(self, word: str) -> None:
-        if self._machine.nodes > 1:
+        if self._machine.nodes > 1 and self._store is not None:
             try:
-                self._store.set(word, "1")  # type: ignore[union-attr]
+                self._store.set(word, "1")
             except RuntimeError:  # the first machine is gone
                 self._elsewhere = True
 
@@ -277,10 +288,10 @@ class Launcher:
     def _leave(self) -> None:
         """The first machine holds what the others meet at: it leaves last."""
         self._tell_others(f"left/{self._machine.node}")
-        if self._machine.nodes > 1 and self._machine.node == 0:
+        if self._machine.nodes > 1 and self._machine.node == 0 and self._store is not None:
             names = [f"left/{node}" for node in range(self._machine.nodes)]
             deadline = time.monotonic() + 2 * PEER_SECONDS
-            while time.monotonic() < deadline and not self._store.check(names):  # type: ignore[union-attr]
+            while time.monotonic() < deadline and not self._store.check(names):
                 time.sleep(LOOK_SECONDS)
 
     def _conclude(self) -> tuple[int, str]:

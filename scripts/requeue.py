@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from config.job_config import JobConfig
-from config.parse import parse, read_process_count
+from config.parse import parse, read_number, read_process_count
 from runtime import exit_codes
 from runtime.exit_record import RECORD_NAME, RECORD_VARIABLE, announced_folder, forget_exit, read_exit_record
 from runtime.stop import GRACE_VARIABLE, grace_seconds
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 def count_processes(environment: Mapping[str, str]) -> int | None:
     """Processes of the whole run: $NGPU on each of $NNODES nodes; None: not known."""
     processes = read_process_count(environment)
-    return processes and processes * int(environment.get("NNODES", "1"))
+    return processes and processes * read_number(environment, "NNODES", 1, least=1)
 
 
 def newest_step(checkpoints: Path) -> int:

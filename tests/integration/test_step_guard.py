@@ -123,7 +123,7 @@ def test_who_waits_for_others_waits_longer_than_the_watchdog(tmp_path):
 
 def test_the_second_step_is_not_judged_by_the_first(tmp_path):
     """The first is not measured, for it compiles: nothing is known of a step that takes minutes."""
-    guard, phase = build(tmp_path).guard, 600
+    guard, phase = build(tmp_path, "--data.worker_timeout_seconds=0").guard, 600
     guard.limit_phase("the first step", 0)
     guard.limit_step(1)
     assert guard.watchdog._seconds == phase
