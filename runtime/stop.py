@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from types import FrameType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ GRACE_VARIABLE = "FLUX_GRACE_SECONDS"
 TORCHRUN_GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 DEFAULT_GRACE_SECONDS = 30.0
 AGAIN_SECONDS = 0.05
+SAME_SECONDS = 2.0  # in which a second SIGINT is the first one again
 
 _BEGAN = time.monotonic()
 
@@ -35,8 +37,10 @@ class Preempted(Exception):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Inside, the first of STOP_SIGNALS raises Terminated with its name."""
+    """Inside, the first of STOP_SIGNALS raises Terminated with its name, and Ctrl-C KeyboardInterrupt."""
     previous: Handlers = {number: signal.signal(number, _raise_terminated) for number in STOP_SIGNALS}
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not what a shell has put in the background
+        previous = {**previous, signal.SIGINT: signal.signal(signal.SIGINT, _interrupter())}
     hook = sys.unraisablehook
 
     def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
@@ -57,6 +61,19 @@ def stopped_by_signals() -> Iterator[None]:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def _interrupter() -> Callable[[int, FrameType | None], None]:
+    """A handler of Ctrl-C that raises once for each time it is pressed: a terminal and a launcher both tell of it."""
+    last = -inf
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() > last + SAME_SECONDS:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:

@@ -51,7 +51,13 @@ def start(tmp_path):
         command = [sys.executable, "-m", "scripts.launch", f"--job.description={kind}"]
         environment = os.environ | {"NGPU": "2", "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where tests run in the background
         )
         processes.append(process)
         return process

@@ -40,6 +40,22 @@ def test_a_second_signal_does_not_disturb_what_the_first_has_begun():
         send(signal.SIGUSR1)
 
 
+def test_ctrl_c_that_is_told_twice_is_one(monkeypatch):
+    monkeypatch.setattr(stop, "SAME_SECONDS", 0.2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stopped_by_signals():
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+            send(signal.SIGINT)
+            time.sleep(0.3)
+            with pytest.raises(KeyboardInterrupt):  # pressed again
+                send(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Old:
     """A signal arrives while it is thrown away."""
 

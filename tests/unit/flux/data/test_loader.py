@@ -344,12 +344,12 @@ def test_a_job_systems_signal_leaves_the_workers_at_work(tokenizer, caplog, numb
     loader = Loader(make_dataset(tokenizer), PositionBatches(4), DataLoader(num_workers=2), worker_timeout=60)
     before = set(multiprocessing.active_children())
     batches = iter(loader)
-    samples = by_position(next(batches))
+    samples = by_position(next(batches)) | by_position(next(batches))  # one of each worker: both are at work
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, number)
-    for raw in itertools.islice(batches, POSITIONS // 4 - 1):
+    for raw in itertools.islice(batches, POSITIONS // 4 - 2):
         samples |= by_position(raw)
     assert_bit_equal(load(tokenizer), samples)
     assert all(worker.is_alive() for worker in workers) and not caplog.text
