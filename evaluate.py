@@ -119,6 +119,7 @@ class Evaluator:
 
     def _check_stop(self) -> None:
         if self.must_stop():
+            reshard(self.model)  # or what was gathered would stand in for the weights that are saved now
             raise EvaluationStopped
 
     def weights_changed(self) -> None:

@@ -162,6 +162,18 @@ class Faults:
     def term(self, trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def term_in_evaluation(self, trainer) -> None:
+        """SIGTERM between two batches of the next evaluation."""
+        must_stop, asked = trainer.evaluator.must_stop, []
+
+        def signalled() -> bool:
+            asked.append(1)
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return must_stop()
+
+        trainer.evaluator.must_stop = signalled
+
     def fail(self, trainer) -> None:
         raise RuntimeError("shapes differ")
 
