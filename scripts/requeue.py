@@ -13,11 +13,11 @@ else the next start would end the same way. Everything else is over, or for a pe
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from checkpoint.steps import find_steps
 from config.job_config import JobConfig
 from config.parse import parse, read_number, read_process_count
 from runtime import exit_codes
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     place = Path(os.environ.get(RECORD_VARIABLE, os.devnull))
     record = read_exit_record(place)
     folder = announced_folder(place) or Path(config.job.dump_folder)
-    newest = newest_step(folder / config.checkpoint.folder)
+    newest = max(find_steps(folder / config.checkpoint.folder), default=0)
     if arguments.command == "begin":
         record = record or read_exit_record(folder / RECORD_NAME)
         if risk := find_risk(config, grace, record["save_seconds"] if record else None):
@@ -66,12 +66,6 @@ def count_processes(environment: Mapping[str, str]) -> int | None:
     """Processes of the whole run: $NGPU on each of $NNODES nodes; None: not known."""
     processes = read_process_count(environment)
     return processes and processes * read_number(environment, "NNODES", 1, least=1)
-
-
-def newest_step(checkpoints: Path) -> int:
-    """Step of the newest checkpoint there; 0: there is none. A folder that can be seen under its name is whole."""
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))), default=0)
 
 
 def find_risk(config: JobConfig, grace: float, save: float | None) -> str | None:

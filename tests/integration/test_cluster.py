@@ -54,7 +54,7 @@ class Pod:
         self.folder = folder
         (container,) = spec["containers"]
         (script,) = container["args"]
-        self.command = [*container["command"], script.replace("/shared", str(folder.parent / "shared"))]
+        self.command = [*container["command"], script.replace("/shared", str(folder.parent / "volume"))]
         self.environment = environment(spec) | {
             "PATH": f"{folder / 'programs'}:/usr/bin:/bin",
             "CONFIG_FILE": "run.toml",
@@ -80,7 +80,7 @@ def pod(pods, tmp_path):
     return Pod(pods["Worker"], tmp_path / "a checkout")
 
 
-SAVES = 'mkdir -p "../shared/outputs/dev/checkpoint/step-9"\n'
+SAVES = 'mkdir -p "../volume/outputs/dev/checkpoint/step-9"\n'
 
 
 @pytest.mark.parametrize(
