@@ -324,12 +324,15 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, job: str, state: str) -> None:
-        until(lambda: self.state(job)["JobState"] == state, seconds=60)
+        ends = {state, "FAILED", "CANCELLED", "COMPLETED", "TIMEOUT", "NODE_FAIL"}
+        until(lambda: self.state(job)["JobState"] in ends, seconds=120)
+        assert self.state(job)["JobState"] == state, (self.conf.parent / "slurmctld.log").read_text()[-2000:]
 
-    def start_now(self, job: str) -> None:
-        """A requeued job waits for two minutes, until the passes of its last start are no longer valid."""
+    def start_soon(self, job: str) -> None:
+        """A requeued job waits for two minutes, since a node refuses a start that is not later than the second in which
+        its last one was revoked ("Job credential revoked"); three seconds are enough for nodes with one clock."""
         self.wait_for(job, "PENDING")
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +373,7 @@ def test_a_real_job_is_requeued_and_goes_on(slurm, checkout, command):
     assert first["MASTER_ADDR"] == second["MASTER_ADDR"] == "127.0.0.1"
     slurm.call(*command, job)
     (checkout.folder / "launch").write_text(ENDS % 0)
-    slurm.start_now(job)
+    slurm.start_soon(job)
     slurm.wait_for(job, "COMPLETED")
     assert slurm.state(job)["Restarts"] == "1"
     log = (checkout.folder / f"slurm-{job}.log").read_text()
@@ -416,7 +419,7 @@ def test_a_real_run_goes_on_in_the_requeued_job_and_stays_when_it_is_done(slurm,
     record = json.loads((folder / f"slurm-{job}.json").read_text())
     saved = [int(place.name.removeprefix("step-")) for place in metrics.parent.glob("checkpoint/step-*")]
     assert (record["code"], [record["step"]], record["resumable"]) == (75, saved, True) and saved[0] < 12
-    slurm.start_now(job)
+    slurm.start_soon(job)
     slurm.wait_for(job, "COMPLETED")
     assert steps() == list(range(1, 13)) and slurm.state(job)["Restarts"] == "1"
     # The same command once more finds nothing left to do.
