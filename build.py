@@ -7,28 +7,24 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint.adapter import from_hf, from_native
 from checkpoint.checkpointer import Checkpointer, Found
-from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
 from checkpoint.exchange import DIFFUSERS_FOLDER, DIFFUSERS_STEM, open_weights
 from checkpoint.lazy import LazyTensor, cast_all, lazy_all
 from checkpoint.safetensors_file import write_safetensors, write_sharded
-from checkpoint.slices import Part, Slices
 from checkpoint.steps import write_folder
 from config.job_config import JobConfig
 from flux.autoencoder import AutoencoderConfig, load_autoencoder
 from flux.codec import LatentCodec
 from flux.conditioner import Sharding, build_conditioner, check_tokenizer
 from flux.config import Encoder
-from flux.data.build import RunData, find_data_change
+from flux.data.build import RunData
 from flux.data.tokenizers import FluxTokenizer
 from flux.encoders import ALL_PARTS, Encoders
 from flux.flops import training_flops, with_unit
@@ -46,17 +42,14 @@ from parallel.degrees import resolve_degrees
 from parallel.gradients import group_by_mesh
 from parallel.mesh import Layout, build_layout
 from parallel.parallelize import Techniques, check_techniques, parallelize
-from parallel.shards import copy_full_, gather_state_dict, is_saver, local_views
-from redact import redact_values
+from parallel.shards import copy_full_, gather_state_dict, local_views
 from runtime.exit_record import announce_folder
 from runtime.hardware import find_accelerator
 from runtime.preflight import read_package_versions
 from runtime.run_folder import claim_run_folder
-from training.ema import build_ema
 from training.mllog import MLLOG_NAME, MLPerfLog, MLPerfRun, now_ms, read_submission
-from training.number_formats import merge, split_into
 from training.optimizer import build_optimizer as build_section_optimizer
-from training.optimizer import check_optimizer, find_remainders, optimizer_tensors
+from training.optimizer import check_optimizer
 from training.peaks import Peaks, measure_matmul
 
 log = logging.getLogger("train")
@@ -228,105 +221,6 @@ def build_checkpointer(config: JobConfig, folder: Path, layout: Layout) -> Check
     return Checkpointer(folder / section.folder, section, group)
 
 
-def checkpoint_tensors(
-    model: FluxTransformer,
-    optimizer: torch.optim.Optimizer,
-    ema: Mapping[str, Tensor],
-    to_save: bool,
-    has_states: bool = True,
-) -> dict[str, Slices]:
-    """This rank's parts of all tensors of a checkpoint, by the names that they have in it. Without copies.
-
-    A weight whose remaining bits the optimizer keeps is there in float32, as a run of float32 weights has it.
-
-    Args:
-        ema: average of the weights by their names; may be empty.
-        to_save: of the parts that several ranks hold, each is given by one of them only.
-        has_states: whether what the optimizer remembers is among them.
-    """
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in tensors.items()}
-    remainders = find_remainders(optimizer, names)
-    states = optimizer_tensors(optimizer, names) if has_states else {}
-    tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in states.items()}
-    tensors |= {EMA_PREFIX + name: tensor for name, tensor in ema.items()}
-    slices = {}
-    for name, tensor in tensors.items():
-        views = local_views(tensor) if not to_save or is_saver(tensor, name) else []
-        if name in remainders:
-            others = local_views(remainders[name])[: len(views)]
-            parts = [
-                Part(offsets, tuple(view.shape), partial(merge, view, other), partial(split_into, view, other))
-                for (offsets, view), (_, other) in zip(views, others, strict=True)
-            ]
-            slices[name] = Slices(tensor.shape, torch.float32, parts)
-        else:
-            slices[name] = Slices.of_views(tensor.shape, tensor.dtype, views)
-    return slices
-
-
-def take_over(
-    config: JobConfig,
-    checkpointer: Checkpointer,
-    found: Found | None,
-    model: FluxTransformer,
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Fills model and optimizer from a checkpoint, if there is one. Returns the average of the weights.
-
-    Args:
-        weights: the model's, in full precision.
-    """
-    ema: dict[str, Tensor] = {}
-    if config.ema.enable and found and found.holds("ema"):
-        ema = build_ema(weights)  # room for it
-    if found:
-        checkpointer.load(found, checkpoint_tensors(model, optimizer, ema, False, found.holds("optimizer")))
-    return ema or (build_ema(weights) if config.ema.enable else {})
-
-
-def weight_bits(model: FluxTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All weights, and the digits that the optimizer keeps of them. Without copies."""
-    weights = dict(model.named_parameters())
-    remainders = find_remainders(optimizer, {weight: name for name, weight in weights.items()})
-    return {**weights, **{f"{name} (remainder)": bits for name, bits in remainders.items()}}
-
-
-def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
-    """The whole checkpoint that a run starts from, of its own flavor; None: it starts from other weights.
-
-    Raises:
-        ValueError: it cannot be started from.
-        CheckpointError: the run has checkpoints, and none is whole.
-    """
-    found, spec = checkpointer.find(), SPECS[config.model.flavor]
-    if found:
-        check_fits(found.weights(), spec, str(found.path))
-        if config.checkpoint.create_seed_checkpoint and found.train_state:
-            raise ValueError(
-                f"checkpoint.create_seed_checkpoint saves a start, and this run goes on from {found.path}: "
-                "leave it out, or choose another job.dump_folder"
-            )
-    elif config.checkpoint.initial_load_in_hf:
-        open_initial_weights(config, spec)  # said now, and not when the encoders have been built
-    return found
-
-
-def check_shards(
-    config: JobConfig, saved: Mapping[str, Any], shards: Sequence[Sequence[Sequence]], update_size: int
-) -> None:
-    """Raises ValueError for a checkpoint whose positions mean other samples."""
-    size = saved.get("update_size", update_size)
-    if config.data.buckets.enable and size != update_size:
-        raise ValueError(f"training.global_batch_size must stay {size}: buckets cut the data into such updates")
-    if change := find_data_change(saved.get("shards", shards), shards):
-        raise ValueError(
-            f"training.dataset is not what the checkpoint was trained on: {change}: give the same shards (and keep "
-            "validation.enable), or begin anew with its weights: checkpoint.initial_load_path"
-        )
-
-
 def save_pipeline(
     folder: Path, spec: ModelSpec, encoder: Encoder, test_mode: bool, tensors: Mapping[str, LazyTensor]
 ) -> None:
@@ -381,21 +275,6 @@ def enter_run_folder(config: JobConfig, layout: Layout) -> Path:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         announce_folder(folder)
     return folder
-
-
-def describe_run(
-    config: JobConfig, layout: Layout, shards: Sequence[Sequence[Sequence]], update_size: int
-) -> dict[str, Any]:
-    """What all checkpoints of a run know of it, beside its tensors."""
-    return {
-        "seed": config.debug.seed,
-        "update_size": update_size,
-        "shards": shards,
-        "flavor": config.model.flavor,
-        "layout": layout.describe(),
-        "versions": read_versions(),
-        "config": redact_values(asdict(config)),
-    }
 
 
 def read_versions() -> dict[str, str]:

@@ -30,21 +30,15 @@ from build import (
     build_model,
     build_optimizer,
     build_run_layout,
-    check_shards,
-    checkpoint_tensors,
     compute_dtype,
     describe_model,
-    describe_run,
     draw_seed,
     enter_run_folder,
     export_weights,
-    find_start,
     measure_peaks,
     read_versions,
     start_weights,
-    take_over,
     warn_of_tiny_autoencoder,
-    weight_bits,
 )
 from checkpoint.errors import CheckpointError
 from config.job_config import JobConfig
@@ -73,6 +67,7 @@ from parallel.replicas import ReplicasDiffer
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from preflight import check_run, look_alone
 from redact import redact_values
+from run_state import check_shards, checkpoint_tensors, describe_run, find_start, take_over, weight_bits
 from runtime import exit_codes
 from runtime.exit_record import RunEnd, recorded_exit
 from runtime.log import log_stage, setup_logging
@@ -158,7 +153,7 @@ class FluxTrainer:
         self.timer = StepTimer(self.device.type == "cuda")
         self.ahead = EncodeAhead(self.encoders, config.encoder.encode_ahead, self.timer.waiting, self.timer.encoding)
         self.guard = StepGuard(config, folder, layout, watchdog, self.metrics, saved.get("spike_window"))
-        self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did
+        self.must_evaluate = not saved.get("is_evaluated", True)  # the run was stopped while it did, or at its target
         self.saved_step = self.step if found and found.is_own else -1
         tools = self.metrics, self.timer, self.peaks
         self.report = StepReport(config, folder, layout, *tools, self.step, self.cursor)
@@ -344,6 +339,7 @@ class FluxTrainer:
             self.must_evaluate = True  # from the beginning, when the run goes on
             return False
         self.guard.poll()  # ranks go on together: one of them alone scores pictures
+        self.must_evaluate = reached  # when the run is started again, which may be to reach more
         return reached
 
     def poll(self) -> bool:

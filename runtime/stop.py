@@ -18,6 +18,8 @@ GRACE_VARIABLE = "FLUX_GRACE_SECONDS"
 # ... and as torchrun knows it, which otherwise kills after 30, however long a job system would wait.
 TORCHRUN_GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 DEFAULT_GRACE_SECONDS = 30.0
+# Process id of scripts/launch.py, whose children the ranks are.
+LAUNCHER_VARIABLE = "FLUX_LAUNCHER"
 AGAIN_SECONDS = 0.05
 SAME_SECONDS = 2.0  # in which a second SIGINT is the first one again
 
@@ -128,14 +130,32 @@ def grace_seconds(environment: Mapping[str, str] = os.environ) -> float:
     return DEFAULT_GRACE_SECONDS
 
 
+def launcher_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher that has started this process has ended before it: nobody is left to end or to name it."""
+    launcher = environment.get(LAUNCHER_VARIABLE)
+    return launcher is not None and launcher != str(os.getppid())
+
+
 def check_grace(save_seconds: float) -> None:
     """Warns when a save takes longer than a run that is asked to stop may have for it."""
-    if save_seconds > (grace := grace_seconds()):
-        log.warning(
-            "a save takes %.0f s, and a run that is asked to stop is killed after %g s, with what it has not saved: "
-            "raise the time between signal and kill, and say it in %s (torchrun: %s)",
-            *(save_seconds, grace, GRACE_VARIABLE, TORCHRUN_GRACE_VARIABLE),
-        )
+    if risk := find_grace_risk(save_seconds, grace_seconds()):
+        log.warning("%s", risk)
+
+
+def find_grace_risk(save: float, grace: float) -> str | None:
+    """Why a stop would lose work.
+
+    Args:
+        save: seconds that the longest save took.
+        grace: seconds that the ranks have after a signal.
+    """
+    if save <= grace:
+        return None
+    return (
+        f"a save took {save:.0f} s, and {GRACE_VARIABLE}={grace:g} is what the ranks have after a signal: a stop loses "
+        f"what was trained since the last checkpoint; let the signal come {2 * save + 30:.0f} s ahead (--signal=TERM@N "
+        f"in run_slurm.sh, terminationGracePeriodSeconds of a pod, {TORCHRUN_GRACE_VARIABLE} of torchrun)"
+    )
 
 
 def _restore(previous: Handlers) -> None:

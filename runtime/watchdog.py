@@ -1,4 +1,5 @@
-"""Ends a run that stands still: with the stacks of all ranks, and the name of the rank that the others wait for.
+"""Ends a run that stands still: with the stacks of all ranks, and the name of the rank that the others wait for. Asks
+one whose launcher is gone to stop.
 
 Every rank says what it is about to do and how long that may take. Ranks that wait for each other reach their limits
 together: each writes its stacks to a file, and after a moment looks at those of all. A rank without stacks has been
@@ -26,7 +27,7 @@ from typing import Self, TextIO
 from runtime import exit_codes
 from runtime.exit_record import PROJECT, RunEnd, write_exit_record
 from runtime.log import write_stderr
-from runtime.stop import STOP_SIGNALS
+from runtime.stop import STOP_SIGNALS, launcher_is_gone
 
 STACKS_FOLDER = "stacks"  # in the run folder, while the run lives, and of one that stood still
 # Seconds after the limit: until a rank whose lock is held is ended, and until the stacks of all are looked at.
@@ -142,6 +143,7 @@ class Watchdog:
             self._arm(self._what, self._seconds, self._step)
 
     def _watch(self) -> None:
+        is_alone = False
         while True:
             deadline = self._deadline
             left = 1.0 if deadline is None else deadline - time.monotonic()
@@ -149,6 +151,10 @@ class Watchdog:
                 break
             if self._closed.wait(min(max(left, 0.01), 1.0)):
                 return
+            if not is_alone and launcher_is_gone():
+                is_alone = True
+                write_stderr(f"rank {self._end.rank}: the launcher is gone, which stops the run as SIGTERM does")
+                os.kill(os.getpid(), signal.SIGTERM)
         self._end_run()
 
     def _end_run(self) -> None:

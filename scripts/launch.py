@@ -38,7 +38,7 @@ from runtime.exit_record import (
     write_exit_record,
 )
 from runtime.hardware import usable_cores
-from runtime.stop import GRACE_VARIABLE, STOP_SIGNALS, grace_seconds
+from runtime.stop import GRACE_VARIABLE, LAUNCHER_VARIABLE, STOP_SIGNALS, grace_seconds
 from runtime.watchdog import STACKS_FOLDER, RankStacks, find_guilty, read_stacks
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Launcher:
         machine = self._machine
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in names}
-        environment[GRACE_VARIABLE] = f"{self._grace:g}"
+        environment |= {GRACE_VARIABLE: f"{self._grace:g}", LAUNCHER_VARIABLE: str(os.getpid())}
         world = machine.processes * machine.nodes
         if world == 1:
             return environment

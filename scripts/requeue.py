@@ -22,7 +22,7 @@ from config.job_config import JobConfig
 from config.parse import parse, read_number, read_process_count
 from runtime import exit_codes
 from runtime.exit_record import RECORD_NAME, RECORD_VARIABLE, announced_folder, forget_exit, read_exit_record
-from runtime.stop import GRACE_VARIABLE, grace_seconds
+from runtime.stop import find_grace_risk, grace_seconds
 
 
 def main(argv: list[str]) -> int:
@@ -77,13 +77,7 @@ def find_risk(config: JobConfig, grace: float, save: float | None) -> str | None
     """
     if not config.checkpoint.enable:
         return "checkpoint.enable=false: a stop loses this run, and it is not started again; add --checkpoint.enable"
-    if save is None or save <= grace:
-        return None
-    return (
-        f"the last save took {save:.0f} s, and {GRACE_VARIABLE}={grace:g} is what the ranks have after a signal: "
-        f"a stop loses what was trained since the last checkpoint; let the signal come {2 * save + 30:.0f} s ahead "
-        "(--signal=TERM@N in run_slurm.sh, terminationGracePeriodSeconds of a pod)"
-    )
+    return None if save is None else find_grace_risk(save, grace)
 
 
 def decide(code: int, reason: str, began: int, newest: int) -> tuple[bool, str]:

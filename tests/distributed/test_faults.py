@@ -143,6 +143,33 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert end.record["rank"] is None and end.record["resumable"] and end.record["save_seconds"] > 0
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path, world):
+    launcher = start_job(tmp_path, world, "--training.steps=100000", *SAVES, "--checkpoint.keep_latest_k=2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    await_file(metrics, 0)
+    while not metrics.stat().st_size:
+        time.sleep(0.01)
+    ranks = [json.loads(path.open().readline())["process"] for path in (tmp_path / "run" / "stacks").iterdir()]
+    launcher.kill()
+    launcher.join()
+    began = time.monotonic()
+    while any(is_alive(rank) for rank in ranks):
+        assert time.monotonic() < began + STOP_SECONDS
+        time.sleep(0.05)
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    saved = max(find_steps(tmp_path / "run" / "checkpoint"))
+    assert (record["code"], record["step"], len(ranks)) == (75, saved, world)
+
+
+def is_alive(process: int) -> bool:
+    """Whether it computes: what nobody collects stays in the table of processes."""
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2][:3]
+    except OSError:
+        return False
+
+
 def test_a_signal_in_an_evaluation(tmp_path):
     """Ranks hold gathered weights then, which are not what is saved."""
     options = [*SAVES, "--training.steps=4", "--validation.enable=true", "--validation.freq=2", "--validation.steps=8"]

@@ -84,9 +84,10 @@ def test_control_a_run_that_forgets_something_differs(straight, pictures, tmp_pa
 
 def take_over(rank: int, world_size: int, folder: str, arguments: list[str]) -> None:
     """One process loads the last checkpoint of a run and saves what it has then."""
-    from build import build_run_layout, checkpoint_tensors
+    from build import build_run_layout
     from checkpoint.dcp import save_checkpoint
     from config.parse import load_config
+    from run_state import checkpoint_tensors
     from train import FluxTrainer
 
     resize_tiny(**SIZES)

@@ -286,11 +286,20 @@ def test_a_shard_that_was_cut_stops_or_is_replaced(capfd, train, tars, data, tmp
     assert run.series("loss") != whole.series("loss") and run.series("samples_seen") == whole.series("samples_seen")
 
 
-def test_the_run_ends_when_the_target_is_reached(train):
+def test_the_run_ends_when_the_target_is_reached(train, tmp_path):
+    from train import main
+
     run = train("--validation.target_loss=100", "--validation.freq=2", "--checkpoint.enable")
     assert (run.exit["code"], run.exit["reason"], run.exit["step"]) == (0, "done", 2)
     assert run.series("samples_to_target_loss") == [16]
     assert (run.folder / "checkpoint" / "step-2").is_dir() and (run.folder / "img/step-000002.png").exists()
+    # As when it was killed before its end: it is not trained any further, unless it is to reach more.
+    for target, step in ((100, 2), (0.001, 4)):
+        folder = tmp_path / str(target)
+        shutil.copytree(run.folder / "checkpoint", folder / "checkpoint")
+        options = [f"--validation.target_loss={target}", "--validation.freq=2", "--checkpoint.enable"]
+        main([*TINY, f"--job.dump_folder={folder}", *options])
+        assert Run(folder).exit["step"] == step and (folder / "export" / "transformer.safetensors").exists()
     run = train("--validation.target_loss=0.001", "--validation.freq=2")
     assert run.exit["step"] == 4 and not run.series("samples_to_target_loss")
 

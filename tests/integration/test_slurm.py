@@ -239,7 +239,7 @@ def test_nodes_that_do_not_share_the_folder_are_named_before_anything_starts(sta
 def test_a_start_after_a_long_save_warns_before_it_trains(stage):
     (stage.folder / "slurm-5003.json").write_text(json.dumps({"code": 75, "save_seconds": 300}))
     code, said = stage.run(ENDS % 0)
-    assert code == 0 and said.startswith("warning: the last save took 300 s")
+    assert code == 0 and said.startswith("warning: a save took 300 s")
 
 
 def test_help_tells_the_command():

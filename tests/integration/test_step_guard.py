@@ -156,4 +156,4 @@ def test_a_grace_that_is_too_short_is_said_before_training_starts(tmp_path, capl
     caplog.clear()
     monkeypatch.setenv("FLUX_GRACE_SECONDS", "20")
     build(tmp_path, "--checkpoint.enable", "--training.steps=4")
-    assert sum("a save takes 40 s" in record.getMessage() for record in caplog.records) == 1
+    assert sum("a save took 40 s" in record.getMessage() for record in caplog.records) == 1

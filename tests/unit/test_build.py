@@ -1,41 +1,19 @@
-"""What a run starts from, runs on and leaves, as far as it can be told without one."""
-
-from types import SimpleNamespace
-from typing import Any
+"""What a run runs on and leaves, as far as it can be told without one."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import build
-from build import build_run_layout, checkpoint_tensors, export_weights, find_start, measure_peaks
-from checkpoint.dcp import load_checkpoint, open_checkpoint, save_checkpoint
+from build import build_run_layout, export_weights, measure_peaks
 from config.parse import load_config
-from flux.identify import expected_shapes
-from flux.spec import SPECS
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
-from parallel.shards import local_views
 from tests.distributed.ranks import run_ranks
-from training.config import Optimizer
-from training.ema import build_ema, update_ema
-from training.optimizer import ExactWeights
-from training.optimizer import build_optimizer as build_section_optimizer
 from training.peaks import Peaks
 
-TWO_RANKS = ["--job.config_file=train_configs/flux_tiny.toml", "--parallelism.tensor_parallel_degree=2"]
-SEED = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
-
-
-def checkpointer_that_finds(flavor: str, **train_state: Any) -> Any:
-    shapes = expected_shapes(SPECS[flavor].transformer)
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    found = SimpleNamespace(path="old/step-3", train_state=train_state, weights=lambda: tensors)
-    return SimpleNamespace(find=lambda: found)
-
-
-def config_of(*arguments: str):
-    return load_config(["--job.config_file=train_configs/flux_tiny.toml", *arguments], quiet=True)
+TINY = "--job.config_file=train_configs/flux_tiny.toml"
+TWO_RANKS = [TINY, "--parallelism.tensor_parallel_degree=2"]
 
 
 def measure_on(rank: int, world_size: int) -> Peaks:
@@ -47,30 +25,10 @@ def test_what_all_processes_can_compute_is_added_up():
     assert run_ranks(measure_on, 2) == [Peaks(matmul=4.0, datasheet=None)] * 2
 
 
-def test_a_seed_is_not_made_of_a_run_that_goes_on():
-    with pytest.raises(ValueError, match=r"create_seed_checkpoint saves a start, and this run goes on from old/step-3"):
-        find_start(config_of(*SEED), checkpointer_that_finds("flux-tiny", step=3))
-    assert find_start(config_of(*SEED), checkpointer_that_finds("flux-tiny"))  # weights alone may be one
-    assert find_start(config_of(), checkpointer_that_finds("flux-tiny", step=3))
-
-
-def test_weights_to_start_from_are_looked_at_before_anything_is_built(tmp_path):
-    """Only where a run starts from them: one that goes on has no need of them any more."""
-    missing = ["--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={tmp_path / 'flux1.safetensors'}"]
-    with pytest.raises(ValueError, match=r"flux1\.safetensors"):
-        find_start(config_of(*missing), SimpleNamespace(find=lambda: None))  # type: ignore[arg-type]
-    assert find_start(config_of(*missing), checkpointer_that_finds("flux-tiny", step=3))
-    assert find_start(config_of(), SimpleNamespace(find=lambda: None)) is None  # type: ignore[arg-type]
-
-
-def test_a_checkpoint_of_another_flavor_is_named():
-    with pytest.raises(ValueError, match=r"old/step-3 holds a flux-schnell .* but model\.flavor='flux-tiny'"):
-        find_start(config_of(), checkpointer_that_finds("flux-schnell", step=3))
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_weight_too_large_for_the_exports_format_is_told(tmp_path, dtype):
-    config, layout = config_of(f"--checkpoint.export_dtype={dtype}"), Layout(Degrees(), torch.device("cpu"))
+    config = load_config([TINY, f"--checkpoint.export_dtype={dtype}"], quiet=True)
+    layout = Layout(Degrees(), torch.device("cpu"))
     path = tmp_path / "x.safetensors"
     if dtype == "float16":
         with pytest.raises(ValueError, match=r"img_in\.weight reaches 7e\+04, too large for float16"):
@@ -78,56 +36,3 @@ def test_a_weight_too_large_for_the_exports_format_is_told(tmp_path, dtype):
         assert not path.exists()
     export_weights(config, layout, path, 1, {"img_in.weight": torch.tensor([1.0, -6e4])})
     assert load_file(path)["img_in.weight"].dtype == getattr(torch, dtype)
-
-
-def layer_and_optimizer(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(16, 5).to(dtype)
-    return layer, build_section_optimizer([list(layer.parameters())], Optimizer(lr=0.01), local_views, lambda _: 0)
-
-
-def update(layer: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    for parameter in layer.parameters():
-        gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        parameter.grad = gradient.bfloat16().to(parameter.dtype)
-    optimizer.step()
-
-
-def test_a_run_goes_on_with_its_weights_in_another_format_and_loses_no_digit(tmp_path):
-    """From float32 to bfloat16 with remainders and back, as if nothing had happened; then export and average."""
-    straight, plain = layer_and_optimizer(torch.float32)
-    for seed in range(4):
-        update(straight, plain, seed)
-    layer, optimizer = layer_and_optimizer(torch.float32)
-    for step, dtype in enumerate((torch.bfloat16, torch.float32, torch.bfloat16)):
-        update(layer, optimizer, step)
-        tensors = checkpoint_tensors(layer, optimizer, {}, to_save=True)
-        save_checkpoint(tmp_path / f"step-{step}", tensors, {}, None)
-        layer, optimizer = layer_and_optimizer(dtype)
-        wanted = checkpoint_tensors(layer, optimizer, {}, to_save=False)
-        assert {name: one.dtype for name, one in wanted.items()} == {name: one.dtype for name, one in tensors.items()}
-        load_checkpoint(tmp_path / f"step-{step}", wanted)
-    update(layer, optimizer, 3)
-    assert layer.weight.dtype == torch.bfloat16
-    weights = ExactWeights(optimizer, dict(layer.named_parameters()))
-    assert torch.equal(weights["weight"], straight.weight) and torch.equal(weights["bias"], straight.bias)
-    assert not torch.equal(layer.weight.float(), straight.weight)  # control
-
-    file = tmp_path / "x.safetensors"
-    export_weights(config_of(), Layout(Degrees(), torch.device("cpu")), file, 1, weights)
-    assert torch.equal(load_file(file)["weight"], straight.weight)
-    average = build_ema(weights)
-    assert torch.equal(average["weight"], straight.weight)
-    update_ema(average, weights, 0.5, 10**6, torch.zeros(()))
-    assert torch.equal(average["weight"], straight.weight)
-
-
-def test_weights_stay_exact_without_the_optimizers_state(tmp_path):
-    layer, optimizer = layer_and_optimizer(torch.bfloat16)
-    update(layer, optimizer, 0)
-    tensors = checkpoint_tensors(layer, optimizer, {}, to_save=True, has_states=False)
-    assert set(tensors) == {"weight", "bias"}
-    save_checkpoint(tmp_path / "step-1", tensors, {}, None)
-    exact = ExactWeights(optimizer, dict(layer.named_parameters()))
-    opened = open_checkpoint(tmp_path / "step-1")  # as conversion and sampling read it
-    assert all(torch.equal(opened[name].read(), value) for name, value in exact.items())

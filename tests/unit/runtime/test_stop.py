@@ -117,4 +117,4 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_of(monkeypatch, caplo
     monkeypatch.setenv("FLUX_GRACE_SECONDS", "60")
     check_grace(seconds)
     assert len(caplog.records) == warnings
-    assert all("a save takes 61 s" in record.getMessage() for record in caplog.records)
+    assert all("a save took 61 s" in record.getMessage() for record in caplog.records)

@@ -99,7 +99,7 @@ def test_a_grace_shorter_than_the_last_save_is_told(run, tmp_path, monkeypatch, 
     (tmp_path / "run").mkdir()
     (tmp_path / place).write_text(json.dumps({"code": 75, "save_seconds": 210.0}))
     code, _, said = run("begin")
-    assert code == 0 and ("the last save took 210 s" in said and "450 s ahead" in said) == warned
+    assert code == 0 and ("a save took 210 s" in said and "450 s ahead" in said) == warned
     (tmp_path / place).write_text(json.dumps({"code": 75, "save_seconds": None}))
     assert run("begin")[2] == ""
 
