@@ -37,7 +37,7 @@ class Records:
     def check_step(self, step: int) -> None:
         """Raises ValueError for a step that the run has not come to."""
         record = read_exit_record(self.folder / RECORD_NAME) or {}
-        done = max([0, *self.steps, *self.logged, *self.incidents, record.get("step", 0)])
+        done = max([0, *self.steps, *self.logged, *self.incidents, record.get("step") or 0])
         # The last ones may have been made without a trace.
         if not 1 <= step <= min(done + self.config.metrics.log_freq, self.config.training.steps):
             raise ValueError(

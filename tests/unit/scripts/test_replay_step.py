@@ -49,6 +49,12 @@ def test_a_step_that_the_run_has_not_come_to(run, step):
     assert "which has come to step 40 of 100" in refused(run, f"--step={step}")
 
 
+@pytest.mark.parametrize(("told", "done"), [(47, 47), (None, 40)])  # None: of a rank that was killed, nobody can say
+def test_the_record_of_the_end_tells_of_later_steps(run, told, done):
+    (run / "exit.json").write_text(json.dumps({"code": 1, "step": told}))
+    assert f"which has come to step {done} of 100" in refused(run, "--step=99")
+
+
 def test_control_steps_after_the_last_logged_one_may_have_been_made(run):
     records = read_records(run)
     assert records.config.metrics.log_freq == 10
