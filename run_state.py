@@ -1,5 +1,6 @@
 """The state of a run: what its checkpoints hold, and how a run goes on from one."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ from checkpoint.checkpointer import Checkpointer, Found
 from checkpoint.dcp import EMA_PREFIX, OPTIMIZER_PREFIX
 from checkpoint.slices import Part, Slices
 from config.job_config import JobConfig
+from config.resume import find_changes, find_version_changes
 from flux.data.build import find_data_change
 from flux.identify import check_fits
 from flux.model import FluxTransformer
@@ -23,6 +25,8 @@ from redact import redact_values
 from training.ema import build_ema
 from training.number_formats import merge, split_into
 from training.optimizer import find_remainders, optimizer_tensors
+
+log = logging.getLogger("train")
 
 
 def find_start(config: JobConfig, checkpointer: Checkpointer) -> Found | None:
@@ -78,6 +82,13 @@ def take_over(
     if found:
         checkpointer.load(found, checkpoint_tensors(model, optimizer, ema, False, found.holds("optimizer")))
     return ema or (build_ema(weights) if config.ema.enable else {})
+
+
+def tell_changes(config: JobConfig, saved: Mapping[str, Any], update_size: int) -> None:
+    """Tells which settings and versions are not those that the checkpoint was saved with."""
+    changes = find_changes(saved, config, update_size) + find_version_changes(saved, read_versions())
+    if changes:
+        log.warning("not as in the checkpoint: %s", ", ".join(changes))
 
 
 def checkpoint_tensors(

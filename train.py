@@ -36,14 +36,13 @@ from build import (
     enter_run_folder,
     export_weights,
     measure_peaks,
-    read_versions,
     start_weights,
     warn_of_tiny_autoencoder,
 )
 from checkpoint.errors import CheckpointError
 from config.job_config import JobConfig
 from config.parse import load_config
-from config.resume import find_changes, find_version_changes, settle_seed
+from config.resume import settle_seed
 from config.write import CONFIG_FILE, format_config, save_config
 from evaluate import EvaluationStopped, Evaluator
 from flux.batch import EncodedBatch, RawBatch
@@ -67,7 +66,7 @@ from parallel.replicas import ReplicasDiffer
 from parallel.updates import copy_parts, middle_blocks, update_ratios
 from preflight import check_run, look_alone
 from redact import redact_values
-from run_state import check_shards, checkpoint_tensors, describe_run, find_start, take_over, weight_bits
+from run_state import check_shards, checkpoint_tensors, describe_run, find_start, take_over, tell_changes, weight_bits
 from runtime import exit_codes
 from runtime.exit_record import RunEnd, recorded_exit
 from runtime.log import log_stage, setup_logging
@@ -168,9 +167,7 @@ class FluxTrainer:
         plan = f"validation every {validation.freq} steps" if validation.enable else "no validation"
         check_grace(saved.get("save_seconds", 0.0))
         log_stage(6, STAGES, "run", f"{folder}, {found.describe() if found else 'new'}; {plan}")
-        changes = find_changes(saved, config, self.update_size) + find_version_changes(saved, read_versions())
-        if changes:
-            log.warning("not as in the checkpoint: %s", ", ".join(changes))
+        tell_changes(config, saved, self.update_size)
 
     def save(self) -> None:
         """Saves a checkpoint of what the last update left."""

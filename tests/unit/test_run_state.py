@@ -1,5 +1,6 @@
 """What a run starts from, and what its checkpoints hold, as far as it can be told without one."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from build import export_weights
+from build import export_weights, read_versions
 from checkpoint.dcp import load_checkpoint, open_checkpoint, save_checkpoint
 from config.parse import load_config
 from flux.identify import expected_shapes
@@ -15,7 +16,7 @@ from flux.spec import SPECS
 from parallel.degrees import Degrees
 from parallel.mesh import Layout
 from parallel.shards import local_views
-from run_state import checkpoint_tensors, find_start
+from run_state import checkpoint_tensors, find_start, tell_changes
 from training.config import Optimizer
 from training.ema import build_ema, update_ema
 from training.optimizer import ExactWeights
@@ -54,6 +55,15 @@ def test_weights_to_start_from_are_looked_at_before_anything_is_built(tmp_path):
 def test_a_checkpoint_of_another_flavor_is_named():
     with pytest.raises(ValueError, match=r"old/step-3 holds a flux-schnell .* but model\.flavor='flux-tiny'"):
         find_start(config_of(), checkpointer_that_finds("flux-schnell", step=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [([], []), (["--optimizer.lr=0.5"], ["not as in the checkpoint: optimizer.lr 0.003 -> 0.5"])]
+)
+def test_what_is_not_as_in_the_checkpoint_is_told(caplog, options, told):
+    saved = {"config": asdict(config_of()), "versions": read_versions(), "update_size": 8}
+    tell_changes(config_of(*options), saved, update_size=8)
+    assert [record.getMessage() for record in caplog.records] == told
 
 
 def layer_and_optimizer(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
