@@ -48,10 +48,8 @@ LOOK_SECONDS = 0.1
 NOTICE_SECONDS = 0.5  # from one look at what other machines say to the next
 # For the others once a rank is dead: to say what they know, and no more. It is longer than a watchdog's look at stacks.
 PEER_SECONDS = 5.0
-MEET_SECONDS, ASK_SECONDS = (
-    300.0,
-    2.0,
-)  # for machines to find each other, and for one question whether machine 0 is there
+MEET_SECONDS = 300.0  # for machines to find each other
+ASK_SECONDS = 2.0  # for one question whether machine 0 is there
 # For the others when the first one has left a run that was asked to stop: it may have to wait for TensorBoard or wandb.
 LEAVE_SECONDS = 20.0
 STOPPED = (exit_codes.PREEMPTED, exit_codes.TERMINATED)
